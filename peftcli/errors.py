@@ -1,0 +1,57 @@
+"""What a run may end with: one exception class per documented exit code.
+
+A user's mistake is a `UserError`: its message alone is shown, never a traceback. Everything else that escapes is our
+mistake and shows one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right. The message says what was given, what is allowed, and what to change."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError):
+    """A key, a value or an argument is wrong."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """A data file, an adapter or a checkpoint is missing, broken or of the wrong kind."""
+
+    exit_code = 3
+
+
+class OutOfMemory(UserError):
+    """The device has not enough memory for the step."""
+
+    exit_code = 4
+
+
+class NonFinite(UserError):
+    """Loss or gradients are not finite; nothing of them reached the weights."""
+
+    exit_code = 5
+
+
+class Stopped(UserError):
+    """A signal asked the run to stop; a checkpoint was written and the run can be resumed."""
+
+    exit_code = 75
+
+
+def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
+    """The entries of `allowed` that look most like `given`, best first; empty where nothing is close."""
+    return difflib.get_close_matches(given, list(allowed), n=count, cutoff=0.5)
+
+
+def did_you_mean(given: str, allowed: Iterable[str]) -> str:
+    """' Did you mean X or Y?', or nothing where no entry of `allowed` is close to `given`."""
+    near = nearest(given, allowed)
+    return f" Did you mean {' or '.join(near)}?" if near else ""

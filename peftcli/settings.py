@@ -1,0 +1,175 @@
+"""The typed configuration: one frozen dataclass a group (methods have theirs in `peftcli/methods/`).
+
+Every file in `configs/<group>/` equals the defaults of its dataclass but for what the file is about; the composed
+configuration is checked against these types before anything is loaded. This file imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Positive = Annotated[int, Ge(1)]
+Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+Task = Literal["causal_lm", "seq2seq", "classification", "regression", "image_classification"]
+Format = Literal[
+    "auto",
+    "chat",
+    "instruct",
+    "prompt_completion",
+    "text",
+    "classification",
+    "regression",
+    "image_classification",
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights, and in what form."""
+
+    name_or_path: str  # folder | hub id | package:NAME (an installed package that ships weights)
+    revision: str | None = None  # branch, tag or commit of a hub id
+    tokenizer: str | None = None  # folder or hub id, where it is not the model's own
+    chat_template: str | None = None  # file with a Jinja template, where the tokenizer's own is missing or unwanted
+    task: Literal["auto"] | Task = "auto"  # auto: from dataset.format and the architecture
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of frozen weights; auto: bfloat16 under bf16
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = False  # runs code from the hub; needs `revision` pinned to a commit
+
+
+@dataclass(frozen=True)
+class Source:
+    """One part of a mixture. What is None here is taken from the `dataset` group."""
+
+    path: str
+    weight: Annotated[float, Gt(0.0)] = 1.0  # relative number of examples drawn from it
+    format: Format = "auto"
+    name: str | None = None
+    split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Which examples, how they read, and how they are laid out."""
+
+    path: str | None = None  # embedded name | file (.json .jsonl .csv .parquet, also .gz) | folder | hub id
+    mixture: tuple[Source, ...] = ()  # instead of `path`: several sources with weights
+    name: str | None = None  # subset of a hub data set
+    revision: str | None = None  # branch, tag or commit of a hub data set
+    split: str = "train"  # split of a hub data set or a saved folder
+    format: Format = "auto"  # auto: from the columns
+    columns: dict[str, str] = field(default_factory=dict)  # our column: the file's column
+    system: str | None = None  # system message put before chats that have none
+    prompt: str | None = None  # template of the user's turn or of the prompt, e.g. "Review: {text}"
+    choices: tuple[str, ...] | None = None  # answers to choose between at evaluation
+    train_on: Literal["completion", "all", "last"] = "completion"  # which tokens are targets
+    train_samples: Positive | None = None  # use only so many, drawn by the split's hash order
+    eval_path: str | None = None  # held-out examples; None: a part of `path`
+    eval_split: str | None = None  # held-out split of the same hub data set or folder
+    eval_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.05  # part of `path` held out, where no eval_path is given
+    eval_samples: Annotated[int, Ge(0)] | None = None  # this many held out instead
+    seed: int = 0  # of the split and of the mixture; not of the run
+    max_length: Positive = 1024  # tokens of one example
+    on_overlong: Literal["error", "drop", "truncate"] = "error"
+    packing: Literal["auto"] | bool = "auto"  # lay a batch in one row without padding; auto: where the model allows
+    group_by_length: bool = False  # batches of similar length, where rows are padded
+    num_proc: Positive = 1  # processes that tokenise
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How long, in what portions, how precisely; what is evaluated and kept."""
+
+    max_steps: Positive | None = None  # optimizer steps; wins over num_train_epochs
+    num_train_epochs: Annotated[float, Gt(0.0)] = 1.0
+    per_device_train_batch_size: Positive = 8
+    per_device_eval_batch_size: Positive = 16
+    gradient_accumulation_steps: Positive = 1
+    max_grad_norm: Annotated[float, Gt(0.0)] | None = 1.0  # None: no clipping
+    bf16: Literal["auto"] | bool = "auto"  # auto: where the processor multiplies bfloat16 in hardware
+    gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
+    eval_steps: Positive | None = None  # optimizer steps between evaluations; None: only before and after
+    eval_on_start: bool = True
+    generate_samples: Annotated[int, Ge(0)] = 0  # eval prompts answered freely, for exact match and for stopping
+    save_steps: Positive | None = None  # optimizer steps between checkpoints; None: on signals and at the end
+    save_total_limit: Positive = 2  # newest checkpoints kept, beside the best
+    metric_for_best: str = "auto"  # auto: accuracy, pearson or loss, by the task
+    logging_steps: Positive = 1
+    nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops
+    num_threads: Positive | None = None  # CPU threads; None: all cores given to the process
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """Learning rate over optimizer steps; names and arguments of `transformers.get_scheduler`."""
+
+    name: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "linear"
+    warmup_ratio: Fraction = 0.0  # part of all steps
+    warmup_steps: Annotated[int, Ge(0)] | None = None  # wins over warmup_ratio
+    kwargs: dict[str, Any] = field(default_factory=dict)  # further arguments of that schedule
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Storage of frozen weights."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the work is spread over processes."""
+
+    name: Literal["single"] = "single"
+
+
+@dataclass(frozen=True)
+class Logger:
+    """Where metrics go besides metrics.jsonl, which is always written."""
+
+    name: Literal["jsonl", "tensorboard", "wandb"] = "jsonl"
+    project: str = "peftcli"  # wandb
+    mode: Literal["online", "offline"] = "offline"  # wandb; offline runs are sent later by `wandb sync`
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A torch optimizer by its class, with its own keyword arguments beside `lr` and `weight_decay`."""
+
+    cls: str  # dotted name under an allowed package, from the file's `_target_`
+    lr: Annotated[float, Gt(0.0)]
+    weight_decay: Annotated[float, Ge(0.0)] = 0.0
+    kwargs: dict[str, Any] = field(default_factory=dict)  # the rest of the file's keys
+
+
+@dataclass(frozen=True)
+class Run:
+    """One whole run: what `config.yaml` in a run folder holds, typed."""
+
+    name: str
+    run_dir: str
+    seed: int
+    resume: str  # auto | never | a checkpoint's folder
+    model: Model
+    method: Any  # a `peftcli.core.method.Method`, by its file's `_target_`
+    quantization: Quantization
+    dataset: Dataset
+    trainer: Trainer
+    optimizer: Optimizer
+    scheduler: Scheduler
+    strategy: Strategy
+    logger: Logger
