@@ -1,0 +1,167 @@
+"""Putting a run's parts together: device and precision, model and tokenizer, data, host, collators, evaluation."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcli.core.host import Host
+from peftcli.data.collate import Collator, make_collator
+from peftcli.data.prepare import Data, Examples, prepare
+from peftcli.errors import ConfigError
+from peftcli.models import attention, load
+from peftcli.models.source import Source, cache_dir, resolve
+from peftcli.settings import Run, Task
+from peftcli.train import device, streams
+from peftcli.train.evaluate import answer_freely, evaluate
+
+
+@dataclass
+class Parts:
+    """What every verb needs of a run."""
+
+    run: Run
+    device: torch.device
+    autocast: torch.dtype | None  # the products' type, where it is not float32
+    source: Source
+    task: Task
+    tokenizer: Any  # None for images
+    processor: Any  # of images; None for text
+    data: Data | None
+    host: Host
+    packing: bool
+    why_not_packed: str | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The adapted model."""
+        return self.host.model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that products run in."""
+        return self.autocast or torch.float32
+
+
+def build(run: Run, *, with_data: bool = True) -> Parts:
+    """Load what `run` names, without its method: the base model on its device, the data, and how rows are laid out."""
+    where = device.pick()
+    torch.set_num_threads(run.trainer.num_threads or device.num_cores())
+    autocast = _precision(run, where)
+    source = resolve(run.model, cache_dir())
+    config = load.load_config(source, run.model)
+    task = load.infer_task(run.model, config, run.dataset.format)
+    images = task == "image_classification"
+    tokenizer = None if images else load.load_tokenizer(source, run.model)
+    processor = load.load_image_processor(source, run.model) if images else None
+    data = None
+    if with_data:
+        data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data", image_processor=processor)
+    host = _load_host(run, source, task, where, autocast, data.labels if data else None)
+    packing, why_not = _choose_packing(run, task, host.model)
+    return Parts(run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not)
+
+
+def _precision(run: Run, where: torch.device) -> torch.dtype | None:
+    wanted = run.trainer.bf16
+    if wanted == "auto":
+        wanted = device.multiplies_bf16(where)
+    return torch.bfloat16 if wanted else None
+
+
+def _load_host(
+    run: Run, source: Source, task: Task, where: torch.device, autocast: torch.dtype | None, labels: tuple[str, ...] | None
+) -> Host:
+    """The base model, frozen; its own weights in bfloat16 under bf16, unless the method trains them."""
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = named.get(run.model.dtype, torch.float32 if run.method.trains_base else autocast or torch.float32)
+    with streams.stream(run.seed, "head"):  # a fresh head is drawn from the run's own seed
+        loaded = load.load_model(source, run.model, task, dtype=dtype, labels=labels)
+    model = loaded.model.to(where)
+    host = Host(model, loaded.new_modules)
+    if run.trainer.gradient_checkpointing:
+        host.recompute_activations()
+    return host
+
+
+def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str | None]:
+    """Whether rows are packed, and why not."""
+    wanted = run.dataset.packing
+    if wanted is False:
+        return False, "dataset.packing=false"
+    reason: str | None = f"the task is {task}"
+    if task == "causal_lm":
+        attention.use_packed_attention(model)
+        reason = attention.can_pack(model, run.dataset.max_length)
+    if wanted is True and reason:
+        raise ConfigError(f"dataset.packing=true, but {reason}. Use dataset.packing=auto or false.")
+    return reason is None, reason
+
+
+def adapt(parts: Parts) -> None:
+    """Set the run's method up on the model, drawing from the stream `init`."""
+    with streams.stream(parts.run.seed, "init"):
+        parts.host.add(parts.run.method)
+
+
+def collator(parts: Parts, scoring: bool = False) -> Collator:
+    """How the task's examples become batches; `scoring` for evaluation with answer choices."""
+    config = parts.model.config
+    forward = inspect.signature(parts.model.forward).parameters
+    pad = getattr(parts.tokenizer, "pad_token_id", None) or 0
+    start = getattr(config, "decoder_start_token_id", None)
+    pixels = None
+    if parts.processor is not None:
+        pixels = lambda images: load.pixels(parts.processor, images)  # noqa: E731
+    return make_collator(
+        parts.task,
+        pad=pad,
+        packing=parts.packing,
+        scoring=scoring,
+        keeps="logits_to_keep" in forward,
+        start=pad if start is None else start,
+        pixels=pixels,
+    )
+
+
+def evaluator(parts: Parts, counting: Callable[..., Any], poll: Callable[[], None]) -> Callable[[], dict[str, float]] | None:
+    """Evaluation of the model as it is on the held-out examples; None where there are none."""
+    if parts.data is None or parts.data.eval is None or not len(parts.data.eval):
+        return None
+    held_out, labels = parts.data.eval, parts.data.labels
+    collate = collator(parts, scoring=True)
+
+    def run() -> dict[str, float]:
+        with (
+            counting("evaluating", len(held_out)) as advance,
+            torch.autocast(parts.device.type, parts.autocast, enabled=parts.autocast is not None),
+        ):
+
+            def tick(n: int) -> None:
+                advance(n)
+                poll()
+
+            size = parts.run.trainer.per_device_eval_batch_size
+            classes = len(labels) if labels else None
+            values = evaluate(parts.model, parts.task, held_out, held_out.lengths, collate, size, classes, tick)
+            if parts.run.trainer.generate_samples:
+                values |= _answers(parts, held_out, tick)
+        return values
+
+    return run
+
+
+def _answers(parts: Parts, held_out: Examples, tick: Callable[[int], None]) -> dict[str, float]:
+    """Free answers to the first few prompts, at most twice as long as the longest right one."""
+    if parts.task not in ("causal_lm", "seq2seq"):
+        raise ConfigError(f"trainer.generate_samples: a {parts.task} model does not generate. Set it to 0.")
+    few = [held_out[i] for i in range(min(parts.run.trainer.generate_samples, len(held_out)))]
+    longest = int(held_out.num_supervised[: len(few)].max())
+    return answer_freely(parts.model, parts.tokenizer, few, 2 * longest, parts.task == "seq2seq", lambda n: tick(0))
+
+

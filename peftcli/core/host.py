@@ -1,0 +1,240 @@
+"""Host: the adapted model. It knows the sites, which adapters are there and active, what trains, and how all of it is
+frozen, merged, saved and loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcli.core import weights
+from peftcli.core.delta import Delta, NotMergeable
+from peftcli.core.graft import bare, fold, graft, is_grafted, prune
+from peftcli.core.layer import Bare
+from peftcli.core.method import Method
+from peftcli.core.rows import RowsDelta
+from peftcli.core.site import Site, find_sites
+from peftcli.errors import ConfigError, DataError, did_you_mean
+from peftcli.models.roles import layout
+
+
+class Host:
+    """A model whose weights are frozen but for the adapters' deltas and what is selected.
+
+    `new_modules` are modules whose weights came from no file (a fresh classification head): they always train, in
+    float32, and are saved with the adapter.
+    """
+
+    def __init__(self, model: nn.Module, new_modules: Sequence[str] = ()) -> None:
+        self.model = model.requires_grad_(False)
+        self.layout = layout(model)
+        self.adapters: dict[str, Method] = {}
+        self.sites: dict[str, list[Site]] = {}  # adapter: its sites
+        self.matched: dict[str, dict[str, int]] = {}  # adapter: target entry -> number of sites
+        self.saved_modules: tuple[str, ...] = ()
+        self.reset_requests: list[nn.Parameter] = []
+        self._selected: set[str] = set()
+        self._unmerged: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self.building = ""
+        for path in new_modules:
+            self.train_module(path)
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+    def add(
+        self, method: Method, name: str = "default", batches: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Adapt the model by `method` under `name`, on top of the adapters that are there, and switch it on."""
+        if name in self.adapters:
+            raise ConfigError(f"an adapter named {name!r} is already here; choose another name")
+        if self._unmerged:
+            raise ConfigError("adapters are merged into the weights; unmerge before adding another")
+        self.adapters[name], self.sites[name], self.matched[name] = method, [], {}
+        self.building = name
+        method.setup(self, batches)
+        for module in method.modules_to_save:
+            for path in self._modules_named(module):
+                self.train_module(path)
+
+    def _modules_named(self, name: str) -> list[str]:
+        """Paths of the modules with this path or last name."""
+        paths = [p for p, _ in self.model.named_modules() if p and ".deltas" not in p]
+        found = [p for p in paths if p == name or p.endswith("." + name)]
+        if not found:
+            hint = did_you_mean(name, {p.rsplit(".", 1)[-1] for p in paths})
+            raise ConfigError(f"method.modules_to_save: no module {name!r} in {type(self.model).__name__}.{hint}")
+        return found
+
+    def remove(self, name: str) -> None:
+        """Take the adapter's deltas off the model."""
+        for path in {site.path for site in self.sites[name]}:
+            prune(self.model.get_submodule(path), name)
+        del self.adapters[name], self.sites[name], self.matched[name]
+
+    def find(self, targets: str | Sequence[str]) -> list[Site]:
+        """The sites that `targets` mean; remembers how many each entry matched."""
+        sites, counts = find_sites(self.model, self.layout, targets)
+        self.matched[self.building] = counts
+        return sites
+
+    def graft(self, site: Site, delta: Delta) -> None:
+        """Put the delta of the adapter that is being set up on its site, on the site's device."""
+        delta = delta.to(site.module.weight.device)
+        self.sites[self.building].append(site)
+        if site.rows is None:
+            graft(site.module, self.building, delta)
+            return
+        if not is_grafted(site.module) or self.building not in site.module.deltas:
+            rows = RowsDelta(weights.shape(site.module)[0])
+            graft(site.module, self.building, rows.to(site.module.weight.device))
+        site.module.deltas[self.building].add(site.role, site.rows, delta)
+
+    def delta(self, site: Site, name: str = "default") -> Delta:
+        """The delta of the adapter at the site."""
+        held = site.module.deltas[name]
+        return held.parts[site.role] if site.rows else held
+
+    def deltas(self, name: str = "default") -> Iterator[tuple[Site, Delta]]:
+        """Every site of the adapter with its delta, in the model's order."""
+        for site in self.sites[name]:
+            yield site, self.delta(site, name)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters that are switched on, in the order in which they are bound."""
+        on = {n for m in self.model.modules() if is_grafted(m) for n in m.active}
+        return tuple(n for n in self.adapters if n in on)
+
+    def activate(self, *names: str) -> None:
+        """Switch on exactly these adapters, bound in this order; none: the base."""
+        for name in names:
+            if name not in self.adapters:
+                raise ConfigError(f"no adapter {name!r}; there are {sorted(self.adapters)}.{did_you_mean(name, self.adapters)}")
+        for module in self.model.modules():
+            if is_grafted(module):
+                module.active = tuple(n for n in names if n in module.deltas)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base alone, for the length of the block."""
+        held = self.active
+        self.activate()
+        try:
+            yield
+        finally:
+            self.activate(*held)
+
+    # -- what trains ---------------------------------------------------------------------------------------------------
+    def train_module(self, path: str) -> None:
+        """Train the module's own weights whole, in float32, and save them with the adapter."""
+        if path in self.saved_modules:
+            return
+        module = self.model.get_submodule(path).float()
+        self.saved_modules = (*self.saved_modules, path)
+        self.select(f"{path}.{name}" for name, _ in module.named_parameters())
+
+    def select(self, names: Iterable[str]) -> None:
+        """Train these parameters of the base itself. They are made float32: updates are smaller than bfloat16 resolves."""
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            if not parameter.is_floating_point():
+                raise ConfigError(f"{name} is stored as {parameter.dtype}: quantised weights cannot be trained")
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            self._selected.add(name)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Everything that trains, by name in sorted order, so that every rank sees the same; tied tensors once."""
+        return {n: p for n, p in sorted(self.model.named_parameters()) if p.requires_grad}
+
+    def reset_optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Ask the loop to forget the optimizer's state of these parameters before the next step."""
+        self.reset_requests.extend(parameters)
+
+    def recompute_activations(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
+        verbs = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # renamed in transformers 5.23
+        verb = next((v for v in verbs if hasattr(self.model, v)), None)
+        if verb is None or not getattr(self.model, "supports_gradient_checkpointing", False):
+            raise ConfigError(f"trainer.gradient_checkpointing=true: {type(self.model).__name__} does not support it.")
+        getattr(self.model, verb)()
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(trained, all), tied tensors once."""
+        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: the deltas' parameters and buffers and the selected weights, by name."""
+        names = {n for n in self.model.state_dict() if ".deltas." in n or n.startswith("deltas.")}
+        names |= self._selected
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        return {n: tensors[n].detach() for n in sorted(names) if n in tensors}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the model; names and shapes must be exactly those of `state()`."""
+        own = self.state()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise DataError(
+                f"the saved state does not fit this model and method: {len(missing)} tensors missing"
+                f" {missing[:3]}, {len(extra)} not expected {extra[:3]}"
+            )
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise DataError(f"{name}: saved with shape {tuple(state[name].shape)}, here {tuple(tensor.shape)}")
+            tensor.copy_(state[name])
+
+    # -- merging -------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the active deltas into the weights. The folded modules' weights are kept aside, so that `unmerge` is exact.
+
+        Raises `ConfigError` where an equation does not fold, or where the weight is shared with another module.
+        """
+        folded: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for path, module in self._grafted():
+            layer = fold(Bare(module, type(module).graft_of), module)
+            try:
+                folded[path] = (layer.weight, layer.bias)
+            except NotMergeable as e:
+                raise ConfigError(f"{path}: {e}; keep the adapter apart (--to adapter)") from None
+            self._refuse_shared(path, module)
+        self._unmerged = {}
+        for path, (W, b) in folded.items():
+            module = self.model.get_submodule(path)
+            bias = getattr(module, "bias", None)
+            self._unmerged[path] = (weights.dense(module).clone(), None if bias is None else bias.clone())
+            weights.write(module, W, b)
+        self.activate()
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put back the weights that `merge` kept aside and switch every adapter on."""
+        for path, (W, b) in self._unmerged.items():
+            module = self.model.get_submodule(path)
+            weights.write(module, W, b)
+            if b is None and getattr(module, "bias", None) is not None:
+                module.bias = None
+        self._unmerged = {}
+        self.activate(*self.adapters)
+
+    def _grafted(self) -> list[tuple[str, nn.Module]]:
+        """Grafted modules with an active delta, by path."""
+        return [(p, m) for p, m in self.model.named_modules() if is_grafted(m) and m.active]
+
+    def _refuse_shared(self, path: str, module: nn.Module) -> None:
+        for other_path, other in self.model.named_modules(remove_duplicate=False):
+            if other is not module and getattr(other, "weight", None) is module.weight:
+                raise ConfigError(
+                    f"{path} shares its weight with {other_path} (tied embeddings): merging would change both."
+                    " Leave it out of method.target_modules, or keep the adapter apart."
+                )
+
+    def bare(self) -> Any:
+        """Context manager: the model without its grafts, for saving the base."""
+        return bare(self.model)

@@ -1,0 +1,114 @@
+"""Method: the recipe of a paper. A frozen dataclass of hyper-parameters that holds no tensors.
+
+The life cycle, the only order there is:
+
+    setup(host, batches)      once, before sharding: importance scores, initialisations from data, choose sites, graft
+    stages() -> (Stage, ...)  default one; a stage names what trains, for how long
+    param_groups(host, lr, weight_decay)   default: one group of everything that trains, one-dimensional tensors undecayed
+    before_step(host, t)      schedules: gates, layers drawn, ranks
+      forward; loss + penalty(host); backward
+    after_backward(host, t)   gradients exist, unclipped: masks, importance averages
+      clip; optimizer.step; zero_grad
+    after_step(host, t)       prune, regrow, proximal step, reallocate; may ask host.reset_optimizer(params)
+    finish(host)              before export: fold what folds, drop what only training needed
+
+Every hook has an empty default; most methods write only `build(site)`. All state that must survive a restart is a
+parameter or a buffer of a Delta, so resuming costs a method no code. Hooks run on every rank in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from peftcli.core.delta import Delta
+from peftcli.core.site import Site
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training is: optimizer step `index` of `total`, counted from 0; `epoch` as a fraction."""
+
+    index: int
+    total: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training; `share` of all optimizer steps."""
+
+    name: str = "train"
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters and hooks; see the module's docstring for the life cycle."""
+
+    family: ClassVar[str] = ""
+    peft_type: ClassVar[str | None] = None  # name in Hugging Face peft, where it has the method
+    hf_fields: ClassVar[Mapping[str, str]] = {}  # our field: peft's field
+    starts_at_base: ClassVar[bool] = True  # before the first step the adapted model computes what the base does
+    trains_base: ClassVar[bool] = False  # trains weights of the base itself, so they are kept in float32
+
+    modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the method; fresh heads always are
+
+    def build(self, site: Site) -> Delta | None:
+        """The delta of one site, or None to leave it alone."""
+        raise NotImplementedError
+
+    def setup(self, host: Host, batches: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Graft `build(site)` on every site of `target_modules`."""
+        for site in host.find(self.target_modules):  # a field of every method that builds deltas
+            if (delta := self.build(site)) is not None:
+                host.graft(site, delta)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The parts of the training, in order."""
+        return (Stage(),)
+
+    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: matrices decay, biases, norms and scales (fewer than two dimensions) do not."""
+        trained = host.trained().values()
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+        ]
+        return [g for g in groups if g["params"]]
+
+    def before_step(self, host: Host, t: Step) -> None:
+        """Before the forward pass of step `t`."""
+
+    def penalty(self, host: Host) -> Tensor | None:
+        """A term added to the mean loss of the step, or None."""
+        return None
+
+    def after_backward(self, host: Host, t: Step) -> None:
+        """When all gradients of the step exist, unclipped."""
+
+    def after_step(self, host: Host, t: Step) -> None:
+        """After the optimizer's step."""
+
+    def finish(self, host: Host) -> None:
+        """Before export."""
+
+    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
+        """Fields of peft's `adapter_config.json` beyond those that `hf_fields` renames."""
+        return {}
+
+    def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
+        """The tensors of one module's delta under peft's keys; loading writes into them."""
+        tensors = {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
+        return {theirs: tensors[ours] for ours, theirs in delta.hf_keys.items()}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields read from peft's configuration beyond those that `hf_fields` renames."""
+        return {}

@@ -1,0 +1,138 @@
+"""Site: where a delta may sit. Finding the sites that a recipe's target patterns mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcli.core import weights
+from peftcli.errors import ConfigError, nearest
+from peftcli.models.roles import Layout
+
+Rows = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A module of the model with its role.
+
+    `d_in` and `d_out` are the sides of its dense weight (O, I): O = d_out, I = d_in (for a convolution the
+    inputs of one group times the kernel). `rows` are the output rows of one role of a fused linear, as (start, stop).
+    """
+
+    path: str
+    module: nn.Module
+    kind: str  # linear | conv | embedding
+    d_in: int
+    d_out: int
+    role: str | None = None
+    layer: int | None = None  # index of the transformer block
+    rows: Rows | None = None
+    groups: int = 1
+
+    @property
+    def weight(self) -> Tensor:
+        """The site's dense weight (d_out, d_in)."""
+        W = weights.dense(self.module).detach()
+        return W if self.rows is None else torch.cat([W[start:stop] for start, stop in self.rows])
+
+    def pick(self, patterns: Mapping[str, float], default: float) -> float:
+        """The value of the first pattern that is this site's role, or a regular expression for the end of its path."""
+        for pattern, value in patterns.items():
+            if pattern == self.role or re.fullmatch(rf"(.*\.)?({pattern})", self.path):
+                return value
+        return default
+
+    @property
+    def name(self) -> str:
+        """The path, with the role where the site is a part of a fused linear."""
+        return f"{self.path}[{self.role}]" if self.rows else self.path
+
+
+def find_sites(
+    model: nn.Module, layout: Layout, targets: str | Sequence[str]
+) -> tuple[list[Site], dict[str, int]]:
+    """The sites that `targets` mean, in the model's order, and how many each entry matched.
+
+    An entry is a role (q, k, v, o, gate, up, down, ...), `all-linear` (every linear of the transformer blocks), the
+    name or the path of a module, or a regular expression for whole paths. An entry that matches nothing stops the run.
+    """
+    entries = [targets] if isinstance(targets, str) else list(targets)
+    if not entries:
+        raise ConfigError("method.target_modules is empty. Name roles (q, v), modules, or all-linear.")
+    found: dict[str, Site] = {}
+    counts: dict[str, int] = {}
+    for entry in entries:
+        sites = list(_match(model, layout, entry))
+        if not sites:
+            raise ConfigError(_nothing_matches(model, layout, entry))
+        counts[entry] = len(sites)
+        found |= {site.name: site for site in sites}
+    whole = {site.path for site in found.values() if site.rows is None}
+    found = {name: s for name, s in found.items() if s.rows is None or s.path not in whole}
+    order = {path: i for i, (path, _) in enumerate(model.named_modules())}
+    return sorted(found.values(), key=lambda s: (order[s.path], s.rows or ())), counts
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with a weight matrix, by path, without the deltas' own."""
+    for path, module in model.named_modules():
+        if weights.has_weight_matrix(module) and ".deltas." not in path:
+            yield path, module
+
+
+def _match(model: nn.Module, layout: Layout, entry: str) -> Iterator[Site]:
+    """Sites of one entry. What it may be is tried in this order: all-linear, a role, a name or path, an expression."""
+    modules = list(candidates(model))
+    if entry == "all-linear":
+        for path, module in modules:
+            if layout.block_of(path) is not None and weights.kind_of(module) != "embedding":
+                yield _site(path, module, layout)
+        return
+    by_role = [(p, m, rows) for p, m in modules for r, rows in layout.roles_of(p).items() if r == entry]
+    if by_role:
+        for path, module, rows in by_role:
+            yield _site(path, module, layout, entry, rows)
+        return
+    named = [(p, m) for p, m in modules if p == entry or p.endswith("." + entry)]
+    for path, module in named or _full_matches(entry, modules):
+        yield _site(path, module, layout)
+
+
+def _full_matches(pattern: str, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as e:
+        raise ConfigError(
+            f"method.target_modules={pattern!r} is neither a role nor a module's name, nor a regular expression: {e}."
+        ) from None
+    return [(p, m) for p, m in modules if expression.fullmatch(p)]
+
+
+def _site(
+    path: str, module: nn.Module, layout: Layout, role: str | None = None, rows: Rows | None = None
+) -> Site:
+    d_out, d_in = weights.shape(module)
+    if role is None:
+        roles = layout.roles_of(path)
+        role = next(iter(roles)) if len(roles) == 1 else None
+    if rows is not None:
+        d_out = sum(stop - start for start, stop in rows)
+    groups = getattr(module, "groups", 1)
+    return Site(path, module, weights.kind_of(module), d_in, d_out, role, layout.block_of(path), rows, groups)
+
+
+def _nothing_matches(model: nn.Module, layout: Layout, entry: str) -> str:
+    paths = [path for path, _ in candidates(model)]
+    roles = {r for p in paths for r in layout.roles_of(p)}
+    names = {path.rsplit(".", 1)[-1] for path in paths}
+    near = nearest(entry, ["all-linear", *sorted(roles), *sorted(names), *paths])
+    return (
+        f"method.target_modules: {entry!r} matches no module of {type(model).__name__}."
+        + (f" Nearest: {', '.join(near)}." if near else "")
+        + f" Roles: {', '.join(sorted(roles))}, all-linear. Names: {', '.join(sorted(names))}."
+    )

@@ -1,0 +1,86 @@
+"""Storage of weights: the one file that knows how modules keep theirs.
+
+Every weight is shown to the equations as a dense (O, I) matrix: a convolution's kernel is flattened to
+(O, I/groups * kernel), GPT-2's `Conv1D` gives its transpose, an embedding table (V, D) is the linear map of one-hot
+rows and so gives (D, V).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
+
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def has_weight_matrix(module: nn.Module) -> bool:
+    """Whether the module multiplies its input by one weight that `dense` can show."""
+    return isinstance(module, nn.Linear | Conv1D | _ConvNd | nn.Embedding)
+
+
+def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether `cls.forward` on the module is just W x + b with a frozen, dense, floating-point weight."""
+    forward_is_stock = cls.forward in (nn.Linear.forward, Conv1D.forward)
+    return forward_is_stock and module.weight.is_floating_point() and not module.weight.requires_grad
+
+
+def kind_of(module: nn.Module) -> str:
+    """The site kind of a module with a weight matrix: 'linear', 'conv' or 'embedding'."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv" if isinstance(module, _ConvNd) else "linear"
+
+
+def dense(module: nn.Module) -> Tensor:
+    """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage allows."""
+    weight = module.weight
+    if isinstance(module, Conv1D | nn.Embedding):
+        return weight.T
+    return weight.flatten(1)
+
+
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of `dense(module)`, without touching the values."""
+    if isinstance(module, Conv1D | nn.Embedding):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.weight.shape[0], module.weight[0].numel()
+
+
+@torch.no_grad()
+def write(module: nn.Module, W: Tensor, b: Tensor | None) -> None:
+    """Store the (O, I) matrix `W` and the bias `b` in the module; a module without a bias gains one where `b` is given."""
+    stored = W.T if isinstance(module, Conv1D | nn.Embedding) else W.reshape(module.weight.shape)
+    module.weight.copy_(stored)
+    if b is None:
+        return
+    if module.bias is None:
+        module.bias = nn.Parameter(b.detach().to(module.weight.dtype).clone(), requires_grad=False)
+    else:
+        module.bias.copy_(b)
+
+
+def apply(module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+    """The product that `module` would make with the (R, I) matrix `W` in place of its own; R rows need not be its O."""
+    if isinstance(module, nn.Embedding):
+        y = F.embedding(x, W.T)
+        scale = getattr(module, "embed_scale", None)  # Gemma and BART multiply what they look up
+        return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
+    if isinstance(module, _ConvNd):
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = module.padding if module.padding_mode == "zeros" else 0
+        kernel = W.view(W.shape[0], -1, *module.kernel_size)
+        convolve = _CONVOLVE[len(module.kernel_size)]
+        return convolve(x, kernel, b, module.stride, padding, module.dilation, module.groups)
+    return F.linear(x, W, b)
+
+
+def mix(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:
+    """B (O, R) on the channels of `h`: the last dimension, or dimension 1 behind a convolution (R/groups columns there)."""
+    if isinstance(module, _ConvNd):
+        ones = (1,) * len(module.kernel_size)
+        return _CONVOLVE[len(ones)](h, B.view(*B.shape, *ones), groups=module.groups)
+    return F.linear(h, B)

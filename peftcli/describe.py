@@ -1,0 +1,135 @@
+"""A run in words and numbers: the plan before it, the results after it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from peftcli.build import Parts
+from peftcli.data.prepare import Data
+from peftcli.errors import ConfigError
+from peftcli.screen import duration, facts, grid, say, size
+from peftcli.train import device
+from peftcli.train.estimate import Estimate, estimate
+from peftcli.train.folder import RunFolder
+from peftcli.train.loop import Plan, Progress
+
+
+def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
+    """What is about to happen, on the screen and as plain data."""
+    assert parts.data is not None
+    run, stats = parts.run, parts.data.stats
+    trained, total = parts.host.num_parameters()
+    tokens = int(parts.data.train.lengths.sum())
+    per_step = max(1, tokens * steps.batch // max(len(parts.data.train), 1))
+    rows = run.trainer.per_device_train_batch_size * per_step // steps.batch
+    cost = estimate(
+        parts.host, parts.device, parts.dtype, per_step, rows, steps.total, run.trainer.gradient_checkpointing
+    )
+    _refuse_too_large(parts, cost)
+    blocks = {
+        "model": _model(parts, trained, total),
+        "data": {**stats, "rows": "packed, no padding" if parts.packing else f"padded ({parts.why_not_packed})"},
+        "training": _training(parts, steps, cost),
+    }
+    if not quiet:
+        for title, rows_ in blocks.items():
+            facts(title, {k: _shown(v) for k, v in rows_.items()})
+    return blocks
+
+
+def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:
+    run, host = parts.run, parts.host
+    roles = Counter(s.role or s.kind for s in host.sites["default"])
+    return {
+        "model": f"{parts.source.name} ({parts.source.kind}), {total - _added(host):,} parameters",
+        "task": parts.task,
+        "method": f"{type(run.method).__name__} {_options(run.method)}",
+        "sites": ", ".join(f"{role} x{n}" for role, n in roles.items()) or "the base's own weights",
+        "targets": ", ".join(f"{k}: {n}" for k, n in host.matched["default"].items()),
+        "trained": f"{trained:,} parameters, {trained / total:.2%}"
+        + (f", with {', '.join(host.saved_modules)} whole" if host.saved_modules else ""),
+        "device": device.describe(parts.device),
+        "products in": str(parts.dtype).removeprefix("torch."),
+    }
+
+
+def _added(host: Any) -> int:
+    return sum(p.numel() for n, p in host.model.named_parameters() if ".deltas." in n)
+
+
+def _options(method: Any) -> str:
+    """The fields that are not empty, as the user would write them."""
+    values = {k: v for k, v in vars(method).items() if v not in ((), {}, None, False)}
+    return " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
+
+
+def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
+    run = parts.run
+    return {
+        "steps": f"{steps.total} optimizer steps of {steps.batch} examples, {steps.steps_per_epoch} an epoch",
+        "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g}, {run.scheduler.name} schedule",
+        "memory": f"about {size(cost.memory)}: weights {size(cost.weights)}, trained {size(cost.trained)},"
+        f" activations {size(cost.activations)}; free {size(device.available_memory(parts.device))}",
+        "disk": f"{size(cost.checkpoint)} a checkpoint",
+        "time": f"about {duration(cost.seconds)} of training",
+        "seed": run.seed,
+        "run_dir": run.run_dir,
+    }
+
+
+def _refuse_too_large(parts: Parts, cost: Estimate) -> None:
+    import shutil
+    from pathlib import Path
+
+    folder = next(p for p in (Path(parts.run.run_dir).absolute(), *Path(parts.run.run_dir).absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < 2 * cost.checkpoint:
+        raise ConfigError(
+            f"run_dir={parts.run.run_dir}: {size(free)} free on that disk, two checkpoints need {size(2 * cost.checkpoint)}."
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def preview(data: Data, count: int = 2) -> None:
+    """A few examples as the model reads them, with what is trained on marked."""
+    for text in data.preview(count):
+        say(str(text), "dim")
+
+
+def metrics(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
+    """Metrics as a table, one column each."""
+    names = list(dict.fromkeys(name for values in columns.values() for name in values))
+    rows = [[name, *(values.get(name, "") for values in columns.values())] for name in names]
+    grid(title, ["", *columns], rows)
+
+
+def results(parts: Parts, progress: Progress, folder: RunFolder, file_size: int) -> None:
+    """What came out, and where everything was written."""
+    if progress.last:
+        shown = {"before": progress.first, "after": progress.last}
+        metrics("held-out results", {k: v for k, v in shown.items() if v})
+    what = "model" if parts.run.method.trains_base else "adapter"
+    facts(
+        "written",
+        {
+            what: f"{folder.adapter} ({size(file_size)})",
+            "metrics": f"{folder.metrics}, {folder.result}",
+            "training": f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s,"
+            f" peak memory {size(device.peak_memory(parts.device))}",
+            "next": f"peft-train generate {folder.path}    peft-train export {folder.path} --to merged --output FOLDER",
+        },
+    )
+
+
+def exported(result: Mapping[str, Any]) -> None:
+    """What was written where, and what merging did to the outputs."""
+    facts("exported", {k: v for k, v in result.items()})

@@ -1,0 +1,77 @@
+"""What a run leaves for others: the adapter (or, where the base itself was trained, the model) with its card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peftcli.build import Parts
+from peftcli.core.host import Host
+from peftcli.errors import ConfigError
+from peftcli.export import hf_peft
+
+
+def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
+    """Write the trained adapter, or the whole trained model, into `folder`, with tokenizer and card; returns its bytes."""
+    aside = folder.with_name(f".{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if parts.run.method.trains_base:
+        save_model(parts, aside)
+        num_bytes = sum(p.stat().st_size for p in aside.glob("*.safetensors"))
+    else:
+        base = parts.run.model.name_or_path
+        num_bytes = hf_peft.save(parts.host, "default", aside, parts.task, base, parts.run.model.revision)
+        _save_tokenizer(parts, aside)
+    (aside / "README.md").write_text(card(parts, metrics), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+    return num_bytes
+
+
+def save_model(parts: Parts, folder: Path) -> None:
+    """The whole model without grafts, as transformers reads it."""
+    with parts.host.bare() as model:
+        attention = model.config._attn_implementation
+        model.config._attn_implementation = "sdpa" if attention.startswith("peftcli") else attention
+        model.save_pretrained(folder)
+        model.config._attn_implementation = attention
+    _save_tokenizer(parts, folder)
+
+
+def _save_tokenizer(parts: Parts, folder: Path) -> None:
+    for part in (parts.tokenizer, parts.processor):
+        if part is not None:
+            part.save_pretrained(folder)
+
+
+def merge(parts: Parts, folder: Path) -> None:
+    """Fold the adapter into the weights, in float32, and save the plain model."""
+    host: Host = parts.host
+    if not host.adapters:
+        raise ConfigError("--to merged needs an adapter: give a run folder.")
+    host.merge()
+    save_model(parts, folder)
+
+
+def card(parts: Parts, metrics: Mapping[str, float]) -> str:
+    """A model card: what it is, on what, how well, how to load it."""
+    run = parts.run
+    trained, total = parts.host.num_parameters()
+    measured = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
+    load = (
+        "AutoModelForCausalLM.from_pretrained(FOLDER)"
+        if run.method.trains_base
+        else "PeftModel.from_pretrained(base, FOLDER)"
+    )
+    library = "transformers" if run.method.trains_base else "peft"
+    base_line = f"base_model: {run.model.name_or_path}\n" if ":" not in run.model.name_or_path else ""
+    return (
+        f"---\nlibrary_name: {library}\n{base_line}tags:\n- peftcli\n---\n\n"
+        f"# {run.name}\n\n"
+        f"{type(run.method).__name__} on {run.model.name_or_path}, data {run.dataset.path or 'mixture'}, seed {run.seed}."
+        f" {trained:,} of {total:,} parameters trained.\n\n"
+        f"| held-out metric | value |\n|---|---|\n{measured}\n\n"
+        f"Load with `{load}`, or `peft-train generate RUN_FOLDER`.\n"
+    )

@@ -1,0 +1,54 @@
+"""Full fine-tuning: every weight trains; the baseline of every paper.
+
+    theta' = theta - lr * update        for all theta but those that `freeze` names
+
+Weights stay float32 while products may run in bfloat16: lr times update lies below half a unit in the last place of a
+bfloat16 weight, and would be lost.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peftcli.core.method import Method
+from peftcli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """All weights of the model train."""
+
+    family: ClassVar[str] = "selective"
+    trains_base: ClassVar[bool] = True
+
+    freeze: tuple[str, ...] = ()
+    train_embeddings: bool = True
+    train_head: bool = True
+
+    def setup(self, host: Host, batches: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Select every parameter that nothing freezes; tied tensors once."""
+        frozen = self._frozen(host)
+        names = [n for n, p in host.model.named_parameters() if p not in frozen and ".deltas." not in n]
+        host.matched[host.building] = {"all weights": len(names)}
+        host.select(names)
+
+    def _frozen(self, host: Host) -> set[Any]:
+        named = dict(host.model.named_parameters(remove_duplicate=False))
+        frozen = set()
+        for pattern in self.freeze:
+            matched = {p for n, p in named.items() if re.search(pattern, n)}
+            if not matched:
+                raise ConfigError(f"method.freeze: {pattern!r} is found in no parameter's name of this model.")
+            frozen |= matched
+        if not self.train_embeddings:
+            frozen |= {p for m in (host.model.get_input_embeddings(),) for p in m.parameters()}
+        head = host.model.get_output_embeddings()
+        if not self.train_head and head is not None:
+            frozen |= set(head.parameters())
+        return frozen

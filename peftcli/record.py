@@ -1,0 +1,85 @@
+"""result.json: one record a run, in the layout of HF peft's method comparison, with what else a fair table needs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftcli import __version__
+from peftcli.build import Parts
+from peftcli.models.source import cache_dir, fingerprint
+from peftcli.train import device, objective
+from peftcli.train.loop import Progress
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "hydra-core", "bitsandbytes")
+
+
+def make_result(
+    parts: Parts, cfg: DictConfig, progress: Progress, started: datetime, first_step: float | None, file_size: int
+) -> dict[str, Any]:
+    """Everything about a finished run that a reader may ask for."""
+    trained, total = parts.host.num_parameters()
+    config = OmegaConf.to_container(cfg, resolve=True)
+    return {
+        "run_info": {
+            "created_at": started.isoformat(timespec="seconds"),
+            "total_time": (datetime.now(UTC) - started).total_seconds(),
+            "experiment_name": parts.run.name,
+            "seed": parts.run.seed,
+            "train_config": config,
+            "peft_config": config["method"],
+        },
+        "train_info": {
+            "status": "success",
+            "metrics": {"before": progress.first, "after": progress.last, "best": progress.best},
+            "loss_is": objective.describe(parts.task)["loss"],
+            "steps": progress.step,
+            "train_time": progress.seconds,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / max(progress.seconds, 1e-9),
+            "time_to_first_step": first_step,
+            "peak_memory": device.peak_memory(parts.device),
+            "file_size": file_size,
+            "optimizer_bytes": trained * 8,
+            "num_trainable_params": trained,
+            "num_total_params": total,
+        },
+        "meta_info": {
+            "model": {"name": parts.source.name, "kind": parts.source.kind, "sha256": fingerprint(parts.source, cache_dir())},
+            "dataset": {"key": parts.data.key, "sha256": parts.data.hash, **parts.data.stats} if parts.data else None,
+            "config_sha256": digest(config),
+            "task": parts.task,
+            "packing": parts.packing,
+            "dtype": str(parts.dtype).removeprefix("torch."),
+            "sites": {s.name: s.role for sites in parts.host.sites.values() for s in sites},
+            "matched": parts.host.matched["default"],
+            "package_info": versions(),
+            "system_info": {
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "device": device.describe(parts.device),
+            },
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide numbers, those that are installed."""
+    installed = {"peftcli": __version__}
+    for name in PACKAGES:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def digest(config: Mapping[str, Any] | Any) -> str:
+    """Hash of a configuration."""
+    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(config)).encode()).hexdigest()

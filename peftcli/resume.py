@@ -1,0 +1,81 @@
+"""Where a run starts: anew, or where an earlier start in the same folder was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftcli.errors import ConfigError, DataError, did_you_mean
+from peftcli.screen import say
+from peftcli.settings import Run
+from peftcli.train import checkpoint
+from peftcli.train.folder import RunFolder
+
+# What may differ when a run goes on: none of it changes what is computed.
+FREE = (
+    "name", "run_dir", "resume", "logger.", "trainer.eval_steps", "trainer.save_steps", "trainer.save_total_limit",
+    "trainer.logging_steps", "trainer.num_threads", "trainer.per_device_eval_batch_size", "trainer.generate_samples",
+    "trainer.metric_for_best", "trainer.nonfinite_patience", "dataset.num_proc",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Start:
+    """A verified checkpoint to go on from, or None; `finished`: there is nothing left to do."""
+
+    checkpoint: Path | None = None
+    finished: bool = False
+
+
+def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
+    """What `resume` means here. With `never`, what an earlier run left is moved into previous/N/."""
+    if run.resume == "never":
+        if (moved := folder.set_aside()) is not None:
+            say(f"resume=never: what was in {folder.path} is now in {moved}", "yellow")
+    elif run.resume != "auto":
+        return Start(_given(Path(run.resume)))
+    else:
+        earlier = folder.checkpoints / "config.yaml"
+        if earlier.exists():
+            _refuse_changes(OmegaConf.load(earlier), cfg, folder)
+        if folder.result.exists():
+            return Start(finished=True)
+        newest, skipped = checkpoint.newest(folder.checkpoints)
+        for line in skipped:
+            say(f"passed over {line}", "yellow")
+        if newest is not None:
+            return Start(newest)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder.checkpoints / "config.yaml", resolve=True)
+    return Start()
+
+
+def _given(path: Path) -> Path:
+    if not path.is_dir():
+        near = did_you_mean(path.name, (p.name for p in path.parent.glob("step-*"))) if path.parent.is_dir() else ""
+        raise ConfigError(f"resume={path}: no such checkpoint folder (auto, never, or a step-NNNNNN folder).{near}")
+    if (trouble := checkpoint.problem(path)) is not None:
+        raise DataError(f"resume={path}: {trouble}.")
+    return path
+
+
+def _refuse_changes(before: Any, now: DictConfig, folder: RunFolder) -> None:
+    old, new = flat(OmegaConf.to_container(before, resolve=True)), flat(OmegaConf.to_container(now, resolve=True))
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE)]
+    if changed:
+        listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:6])
+        raise ConfigError(
+            f"run_dir={folder.path} holds a run with another configuration ({listed}"
+            f"{'; ...' if len(changed) > 6 else ''}). Choose another run_dir; or resume=never, which moves the old run"
+            f" aside; or resume={folder.checkpoints}/step-NNNNNN, which goes on from there with the new values."
+        )
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as dotted keys."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix.rstrip("."): tree}
+    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}

@@ -1,0 +1,202 @@
+"""The verbs that load a model: train, check, evaluate, generate, export. The one file that knows every part."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from peftcli import config, describe, record, resume
+from peftcli.build import Parts, adapt, build, collator, evaluator
+from peftcli.chat import answer_all, chat
+from peftcli.errors import ConfigError, OutOfMemory, Stopped
+from peftcli.export import compare, hf_peft, publish
+from peftcli.screen import LiveScreen, log_to, say
+from peftcli.settings import Run
+from peftcli.train import loggers, optim, streams
+from peftcli.train.folder import MetricsLog, RunFolder
+from peftcli.train.loop import Loop, Plan
+from peftcli.train.signals import Stopper, StopRequested
+
+
+def train(run: Run, cfg: DictConfig) -> int:
+    """Fine-tune, evaluate before and after, and leave the run folder; goes on where an earlier start was stopped."""
+    started, screen, folder = datetime.now(UTC), LiveScreen(), RunFolder(Path(run.run_dir))
+    with Stopper() as stopper, folder.locked(), out_of_memory():
+        start = resume.where(run, cfg, folder)
+        config.save(cfg, folder.path)
+        log_to(folder.log)
+        if start.finished:
+            say(f"{folder.path} holds this run, finished. To train again: another run_dir, or resume=never.")
+            return 0
+        try:
+            parts = build(run)
+            stopper.poll()
+        except StopRequested as request:
+            raise Stopped(f"stopped by {request} before training; nothing to save") from None
+        adapt(parts)
+        loop = make_loop(parts, cfg, folder, screen, stopper)
+        describe.plan(parts, loop.plan)
+        if start.checkpoint is not None:
+            loop.restore(start.checkpoint)
+            say(f"resuming after step {loop.progress.step} from {start.checkpoint}", "cyan")
+        with screen.training(loop.plan.total, loop.progress.step):
+            progress = loop.fit()
+        run.method.finish(parts.host)
+        file_size = publish.publish(parts, folder.adapter, progress.last)
+        result = record.make_result(parts, cfg, progress, started, screen.first_step, file_size)
+        folder.write_result(result)
+        describe.results(parts, progress, folder, file_size)
+    return 0
+
+
+def make_loop(parts: Parts, cfg: DictConfig, folder: RunFolder, screen: LiveScreen, stopper: Stopper) -> Loop:
+    """The training of these parts, at its first step."""
+    run, data = parts.run, parts.data
+    assert data is not None
+    plan = Plan.of(run.trainer, len(data.train))
+    optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+    streams.seed_all(run.seed, "dropout")
+
+    def open_log(step: int) -> MetricsLog:
+        return MetricsLog(folder.metrics, step, loggers.make_sink(run, folder.path, cfg, step))
+
+    return Loop(
+        host=parts.host,
+        method=run.method,
+        task=parts.task,
+        settings=run.trainer,
+        plan=plan,
+        examples=data.train,
+        lengths=data.train.lengths,
+        collate=collator(parts),
+        optimizer=optimizer,
+        scheduler=optim.make_scheduler(run.scheduler, optimizer, plan.total),
+        folder=folder,
+        open_log=open_log,
+        screen=screen,
+        stopper=stopper,
+        autocast=parts.autocast,
+        seed=run.seed,
+        evaluate=evaluator(parts, screen.counting, stopper.poll),
+        publish_best=lambda values: publish.publish(parts, folder.best, values),
+        group_by_length=run.dataset.group_by_length and not parts.packing,
+    )
+
+
+def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
+    """Everything but training: what would train on which sites, data and masks, steps, memory, disk and time."""
+    with out_of_memory():
+        parts = build(run)
+        adapt(parts)
+        assert parts.data is not None
+        plan = Plan.of(run.trainer, len(parts.data.train))
+        optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+        optim.make_scheduler(run.scheduler, optimizer, plan.total)
+        found = describe.plan(parts, plan, quiet=as_json)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        describe.preview(parts.data)
+        say("nothing was trained; start it with the same words after `peft-train train`", "green")
+    return 0
+
+
+def evaluate(run: Run, cfg: DictConfig, folder: Path | None, *, as_json: bool = False) -> int:
+    """Metrics on the held-out examples: of a run folder's adapter, or of the base model alone."""
+    with out_of_memory():
+        parts = trained_parts(run, folder)
+        measure = evaluator(parts, LiveScreen().counting, lambda: None)
+        if measure is None:
+            raise ConfigError("nothing is held out to evaluate on: set dataset.eval_samples or dataset.eval_path.")
+        values = measure()
+    assert parts.data is not None
+    result = {"model": parts.source.name, "adapter": str(folder) if folder else None, "metrics": values}
+    if as_json:
+        print(json.dumps({**result, "data": parts.data.hash, "dtype": str(parts.dtype)}, indent=2))
+    else:
+        describe.metrics(f"held-out examples: {len(parts.data.eval or [])}", {"value": values})
+    return 0
+
+
+def generate(
+    run: Run,
+    cfg: DictConfig,
+    folder: Path | None,
+    *,
+    prompt: str | None = None,
+    file: Path | None = None,
+    max_new_tokens: int = 128,
+    as_json: bool = False,
+) -> int:
+    """Answer one prompt, a file of prompts, or a person in a chat."""
+    with out_of_memory():
+        parts = trained_parts(run, folder, with_data=False)
+        if parts.task not in ("causal_lm", "seq2seq"):
+            raise ConfigError(f"a {parts.task} model does not generate; use `peft-train eval`.")
+        if prompt is None and file is None:
+            return chat(parts, max_new_tokens)
+        return answer_all(parts, prompt, file, max_new_tokens, as_json)
+
+
+def export(
+    run: Run, cfg: DictConfig, folder: Path | None, *, to: str, output: Path, as_json: bool = False
+) -> int:
+    """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs compared."""
+    if folder is None:
+        raise ConfigError("export needs a run folder: peft-train export RUN_FOLDER --to merged --output FOLDER")
+    if output.exists() and any(output.iterdir()):
+        raise ConfigError(f"--output {output}: is not empty. Choose a new folder.")
+    exact = replace(run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False))
+    with out_of_memory():
+        parts = trained_parts(exact, folder, with_data=to == "merged")
+        result: dict[str, Any] = {"to": to, "output": str(output)}
+        if to == "adapter":
+            publish.publish(parts, output, {})
+        else:
+            result |= compare.merged_outputs(parts, lambda: publish.merge(parts, output))
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        describe.exported(result)
+    return 0
+
+
+def trained_parts(run: Run, folder: Path | None, *, with_data: bool = True) -> Parts:
+    """The parts of `run`, adapted by what `folder` has published; the base model alone without a folder."""
+    if folder is None:
+        return build(run, with_data=with_data)
+    adapter = RunFolder(folder).adapter
+    if run.method.trains_base:  # the whole model was published
+        return build(replace(run, model=replace(run.model, name_or_path=str(adapter))), with_data=with_data)
+    parts = build(run, with_data=with_data)
+    hf_peft.load(parts.host, adapter)
+    return parts
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Turn the allocator's failure into exit code 4, with what would need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        raise OutOfMemory(_advice(e)) from None
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e) and "out of memory" not in str(e):
+            raise
+        raise OutOfMemory(_advice(e)) from None
+
+
+def _advice(e: BaseException) -> str:
+    return (
+        f"out of memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}. Smaller steps need less:"
+        " halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps (same result),"
+        " set trainer.gradient_checkpointing=true, or lower dataset.max_length."
+    )

@@ -1,0 +1,61 @@
+"""The device of this process: what it is, what it multiplies fast, how much memory it has and took."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+
+import torch
+
+
+def pick() -> torch.device:
+    """The first CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 products run in hardware; where they are emulated they are slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def describe(device: torch.device) -> str:
+    """One line for the screen and the record."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads, {'bfloat16 in hardware' if multiplies_bf16(device) else 'float32'}"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: allocated on the GPU, resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that may still be taken."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":", 1) for line in f)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Rate of a middling matrix product, measured in a few hundredths of a second."""
+    a, b = (torch.ones(512, 1024, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ b.T).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512 * 512 * 1024 / best

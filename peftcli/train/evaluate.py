@@ -1,0 +1,101 @@
+"""Evaluation on held-out examples: loss and perplexity, answer choices, labels, ratings, and free answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from peftcli.data.collate import Collator
+from peftcli.settings import Task
+from peftcli.train import objective
+from peftcli.train.metrics import Metrics
+
+Tick = Callable[[int], None]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Any],
+    lengths: np.ndarray,
+    collate: Collator,
+    batch_size: int,
+    num_classes: int | None = None,
+    tick: Tick = lambda n: None,
+) -> dict[str, float]:
+    """Metrics over all examples, in batches of similar length; `tick` is told how many examples a batch had.
+
+    The model is in evaluation mode meanwhile, and in the mode it was in afterwards. Scores do not depend on the
+    batch size: padding is masked, and packed rows see only themselves.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    metrics = Metrics(task, num_classes)
+    model.eval()
+    try:
+        for rows in _by_length(lengths, batch_size):
+            batch = collate([examples[i] for i in rows]).to(device)
+            logits = objective.predict(model, batch)
+            metrics.update(batch, logits, objective.losses(task, logits, batch.targets))
+            tick(len(rows))
+    finally:
+        model.train(was_training)
+    return metrics.compute()
+
+
+def _by_length(lengths: np.ndarray, batch_size: int) -> Iterator[list[int]]:
+    order = np.argsort(-lengths, kind="stable").tolist()
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+@torch.inference_mode()
+def answer_freely(
+    model: nn.Module,
+    tokenizer: Any,
+    examples: Sequence[Any],
+    max_new_tokens: int,
+    encoder_decoder: bool,
+    tick: Tick = lambda n: None,
+) -> dict[str, float]:
+    """Greedy answers to the prompts: `exact_match` with the right completion, and the share that `stopped` by themselves."""
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
+    matched = stopped = 0
+    try:
+        for example in examples:
+            prompt, wanted = prompt_and_answer(example, encoder_decoder)
+            ids = torch.from_numpy(prompt.astype(np.int64))[None].to(device)
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            new = out[0, 0 if encoder_decoder else ids.shape[1] :]
+            matched += _text(tokenizer, new) == _text(tokenizer, wanted)
+            stopped += len(new) < max_new_tokens
+            tick(1)
+    finally:
+        model.train(was_training)
+    return {"exact_match": matched / len(examples), "stopped": stopped / len(examples)}
+
+
+def prompt_and_answer(example: Any, encoder_decoder: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that ask and the ids that answer: a decoder's prompt ends before its first target."""
+    if encoder_decoder:
+        return example["input_ids"], example["labels"]
+    first = example["prompt_length"] or int(np.flatnonzero(example["supervised"])[0])
+    ids, targets = example["input_ids"], example["supervised"]
+    return ids[:first], ids[first:][targets[first:]]
+
+
+def _text(tokenizer: Any, ids: Any) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+

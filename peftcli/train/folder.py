@@ -1,0 +1,110 @@
+"""The run folder: who may write in it, what it holds, and what becomes of what was there before."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peftcli.errors import ConfigError, DataError
+from peftcli.train.loggers import Sink
+
+KEPT = (".hydra", ".lock", "previous")
+
+
+class RunFolder:
+    """Paths of a run folder: config.yaml, train.log, metrics.jsonl, result.json, adapter/, checkpoints/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.log = path / "train.log"
+        self.adapter = path / "adapter"
+        self.best = path / "adapter-best"
+        self.checkpoints = path / "checkpoints"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; a second one is refused while the first lives."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the length of the run
+        except OSError as e:
+            raise ConfigError(f"run_dir={self.path}: cannot be written ({e.strerror}). Choose another run_dir.") from None
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                handle.seek(0)
+                raise ConfigError(
+                    f"run_dir={self.path} is in use by another run ({handle.read().strip()})."
+                    " Wait for it, stop it, or choose another run_dir."
+                ) from None
+            handle.truncate(0)
+            handle.write(f"{socket.gethostname()} process {os.getpid()}\n")
+            handle.flush()
+            yield
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier run's files into previous/N/, so that nothing is lost; None where there is nothing."""
+        earlier = [p for p in self.path.iterdir() if p.name not in KEPT and p.name != "config.yaml"]
+        if not earlier:
+            return None
+        shelf = self.path / "previous"
+        shelf.mkdir(exist_ok=True)
+        target = shelf / str(1 + max((int(p.name) for p in shelf.iterdir() if p.name.isdigit()), default=0))
+        target.mkdir()
+        for path in earlier:
+            path.rename(target / path.name)
+        return target
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """result.json, whole or not at all."""
+        write_json(self.result, result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a record, flushed at once, and the numbers to the run's logger.
+
+    What a resumed run will do again is cut off first.
+    """
+
+    def __init__(self, path: Path, step: int, sink: Sink) -> None:
+        self.path, self.sink = path, sink
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+        aside = path.with_name(f".{path.name}")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(path)
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n") and line.strip()]  # a torn last line is dropped
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+        except OSError as e:
+            raise DataError(f"cannot write {self.path}: {e.strerror}") from e
+        numbers = {**record, **record.get("wall", {})}
+        self.sink.write(record["step"], {k: v for k, v in numbers.items() if isinstance(v, int | float)})
+
+    def close(self) -> None:
+        """End the logger."""
+        self.sink.close()

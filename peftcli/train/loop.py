@@ -1,0 +1,276 @@
+"""The loop: the life cycle of `peftcli.core.method`, and the promises about numbers and interruptions.
+
+The loss of a step is the sum over its targets divided by their number over all micro-batches, so that batch 8 x 1 equals
+1 x 8. Between two batches a signal may end the run, with a checkpoint that continues bit for bit. Numbers that are not
+finite never reach the weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from peftcli.core.host import Host
+from peftcli.core.method import Method, Step
+from peftcli.data.collate import Batch, Collator, Example
+from peftcli.errors import ConfigError, NonFinite, Stopped
+from peftcli.settings import Task, Trainer
+from peftcli.train import checkpoint, device, metrics, objective, optim, streams
+from peftcli.train.folder import MetricsLog, RunFolder, write_json
+from peftcli.train.signals import Stopper, StopRequested
+
+
+@dataclass
+class Progress:
+    """Where the run is; all of it is in every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = -1  # step of the last evaluation
+    nonfinite: int = 0  # steps in a row that were skipped
+    tokens: int = 0  # real tokens trained on
+    seconds: float = 0.0  # spent in training steps
+    first: dict[str, float] = field(default_factory=dict)  # metrics before training
+    last: dict[str, float] = field(default_factory=dict)  # metrics of the newest evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # {"step": ..., "metric": ..., "value": ...}
+
+
+class Screen(Protocol):
+    """What the loop tells whoever shows it."""
+
+    def step(self, done: int, total: int, record: dict[str, Any]) -> None:
+        """A step is done."""
+        ...
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation is done."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        ...
+
+
+@dataclass
+class Plan:
+    """How many examples, steps and epochs: the loop's arithmetic, without a model."""
+
+    num_examples: int
+    batch: int  # examples of an optimizer step
+    steps_per_epoch: int
+    total: int
+
+    @classmethod
+    def of(cls, settings: Trainer, num_examples: int) -> Plan:
+        """Steps are counted in optimizer steps; an epoch's last step takes what is left."""
+        batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        per_epoch = math.ceil(num_examples / batch)
+        total = settings.max_steps or math.ceil(settings.num_train_epochs * per_epoch)
+        return cls(num_examples, batch, per_epoch, total)
+
+    def rows(self, order: Tensor, step: int) -> list[int]:
+        """The examples of a step, from the order of its epoch."""
+        start = step % self.steps_per_epoch * self.batch
+        return order[start : start + self.batch].tolist()
+
+
+@dataclass
+class Loop:
+    """One training: everything it needs, made by `run.py`."""
+
+    host: Host
+    method: Method
+    task: Task
+    settings: Trainer
+    plan: Plan
+    examples: Sequence[Example]
+    lengths: np.ndarray
+    collate: Collator
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    folder: RunFolder
+    open_log: Callable[[int], MetricsLog]
+    screen: Screen
+    stopper: Stopper
+    autocast: torch.dtype | None
+    seed: int
+    evaluate: Callable[[], dict[str, float]] | None
+    publish_best: Callable[[dict[str, float]], Any]
+    group_by_length: bool = False
+    progress: Progress = field(default_factory=Progress)
+
+    def fit(self) -> Progress:
+        """Train to the last step, evaluating and saving on the way. Raises `Stopped` after a signal, saved."""
+        order, epoch = torch.empty(0), -1
+        self.log = self.open_log(self.progress.step)
+        self.host.model.train()
+        try:
+            while True:
+                self._evaluate_if_due()
+                self._save_if_due()
+                if self.progress.step >= self.plan.total:
+                    return self.progress
+                self.stopper.poll()
+                if epoch != self.progress.step // self.plan.steps_per_epoch:
+                    epoch = self.progress.step // self.plan.steps_per_epoch
+                    order = self._order(epoch)
+                self._step([self.examples[i] for i in self.plan.rows(order, self.progress.step)])
+        except StopRequested as request:
+            path = self.save()
+            raise Stopped(
+                f"stopped by {request} after step {self.progress.step} of {self.plan.total}; saved in {path}"
+            ) from None
+        finally:
+            self.log.close()
+
+    def restore(self, path: Any) -> None:
+        """Continue from a verified checkpoint."""
+        self.progress = Progress(**checkpoint.load(path, self._parts()))
+
+    def save(self) -> Any:
+        """Write a checkpoint of now."""
+        keep = {self.progress.best["step"]} if self.progress.best else set()
+        limit = self.settings.save_total_limit
+        progress = asdict(self.progress)
+        return checkpoint.save(self.folder.checkpoints, self.progress.step, self._parts(), progress, limit, keep)
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+    def _step(self, examples: list[Example]) -> None:
+        start = time.perf_counter()
+        t = Step(self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch)
+        size = self.settings.per_device_train_batch_size
+        batches = [self.collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+        self.method.before_step(self.host, t)
+        loss = self._forward_backward(batches)
+        self.method.after_backward(self.host, t)
+        norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
+        lr = self.scheduler.get_last_lr()[0]
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.progress.nonfinite = 0
+        else:
+            self._refuse(batches, loss, norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.method.after_step(self.host, t)
+        self._reset_optimizer()
+        self.progress.step += 1
+        tokens = sum(b.num_tokens for b in batches)
+        self.progress.tokens += tokens
+        seconds = time.perf_counter() - start
+        self.progress.seconds += seconds
+        self._record(batches, loss, norm, lr, tokens, seconds)
+
+    def _forward_backward(self, batches: list[Batch]) -> float:
+        """Accumulate the gradients of the mean loss over all targets of the step; returns that mean."""
+        where = next(self.host.model.parameters()).device
+        num_targets = sum(b.num_targets for b in batches)
+        total = 0.0
+        for batch in batches:
+            with torch.autocast(where.type, self.autocast, enabled=self.autocast is not None):
+                loss = objective.loss_sum(self.task, self.host.model, batch.to(where)) / num_targets
+            loss.backward()
+            total += loss.item()
+        if (penalty := self.method.penalty(self.host)) is not None:
+            penalty.backward()
+            total += penalty.item()
+        return total
+
+    def _refuse(self, batches: list[Batch], loss: float, norm: float) -> None:
+        """Leave the weights alone, write down which examples it was, and stop when it goes on."""
+        self.progress.nonfinite += 1
+        step = self.progress.step
+        ids = [i for b in batches for i in b.ids]
+        record = {"step": step, "loss": repr(loss), "grad_norm": repr(norm), "examples": ids}
+        write_json(self.folder.path / f"nonfinite-{step:06d}.json", record)
+        self.screen.note(f"step {step}: loss {loss}, gradient norm {norm}; the step was not taken")
+        if self.progress.nonfinite >= self.settings.nonfinite_patience:
+            raise NonFinite(
+                f"loss or gradients were not finite {self.progress.nonfinite} steps in a row (step {step}: loss {loss},"
+                f" gradient norm {norm}). The weights are those before. Lower optimizer.lr, set trainer.bf16=false, or"
+                f" look at the examples in {self.folder.path}/nonfinite-*.json."
+            )
+
+    def _record(
+        self, batches: list[Batch], loss: float, norm: float, lr: float, tokens: int, seconds: float
+    ) -> None:
+        """One line of metrics; what depends on the clock or the machine stands under `wall`."""
+        step, where = self.progress.step, next(self.host.model.parameters()).device
+        record = {
+            "step": step,
+            "epoch": round(step / self.plan.steps_per_epoch, 6),
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "targets": sum(b.num_targets for b in batches),
+            "tokens": tokens,
+        }
+        wall = {
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_memory": device.peak_memory(where),
+        }
+        if step % self.settings.logging_steps == 0 or step == self.plan.total:
+            self.log.write({**record, "wall": wall})
+        self.screen.step(step, self.plan.total, {**record, **wall})
+
+    def _reset_optimizer(self) -> None:
+        for parameter in self.host.reset_requests:
+            self.optimizer.state.pop(parameter, None)
+        self.host.reset_requests.clear()
+
+    # -- evaluation and checkpoints ------------------------------------------------------------------------------------
+    def _evaluate_if_due(self) -> None:
+        step, every = self.progress.step, self.settings.eval_steps
+        at_edge = step == self.plan.total or (step == 0 and self.settings.eval_on_start)
+        due = at_edge or (every is not None and step > 0 and step % every == 0)
+        if self.evaluate is None or not due or self.progress.evaluated == step:
+            return
+        values = self.evaluate()
+        self.progress.evaluated = step
+        self.progress.last = values
+        if step == 0:
+            self.progress.first = values
+        self.log.write({"step": step, **{f"eval_{k}": v for k, v in values.items()}})
+        self.screen.evaluated(step, values)
+        if step:
+            self._keep_if_best(values)
+
+    def _keep_if_best(self, values: dict[str, float]) -> None:
+        name = metrics.choose_best(self.settings.metric_for_best, self.task, values)
+        if name not in values:
+            raise ConfigError(f"trainer.metric_for_best={name}: the evaluation gave no such metric, only {sorted(values)}.")
+        best = self.progress.best
+        if not best or metrics.is_better(name, values[name], best["value"]):
+            self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
+            if self.settings.eval_steps is not None:
+                self.publish_best(values)
+
+    def _save_if_due(self) -> None:
+        step, every = self.progress.step, self.settings.save_steps
+        at_end = step == self.plan.total
+        if step and (at_end or (every is not None and step % every == 0)) and self._newer_than_saved():
+            self.save()
+
+    def _newer_than_saved(self) -> bool:
+        return not (self.folder.checkpoints / f"step-{self.progress.step:06d}" / "manifest.json").exists()
+
+    # -- small pieces --------------------------------------------------------------------------------------------------
+    def _order(self, epoch: int) -> Tensor:
+        lengths = self.lengths if self.group_by_length else None
+        size = self.settings.per_device_train_batch_size
+        return streams.order(len(self.examples), self.seed, epoch, lengths, size)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return list(self.host.trained().values())
+
+    def _parts(self) -> checkpoint.Parts:
+        return checkpoint.Parts(self.host, self.optimizer, self.scheduler)

@@ -1,0 +1,99 @@
+"""Metrics of an evaluation, gathered batch by batch so that no logits are kept; torchmetrics computes them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcli.data.collate import Batch, Choice
+from peftcli.settings import Task
+
+BEST = {"causal_lm": "loss", "seq2seq": "loss", "regression": "pearson"}  # others: accuracy
+LOWER_IS_BETTER = {"loss", "perplexity", "mse"}
+
+
+class Metrics:
+    """Sums and streams for one task; `update` with each batch, `compute` at the end."""
+
+    def __init__(self, task: Task, num_classes: int | None = None) -> None:
+        self.task = task
+        self.loss_sum, self.num_targets, self.num_examples = 0.0, 0, 0
+        self.streams = _streams(task, num_classes)
+        self.right, self.chosen = 0, 0
+        self.answers: list[tuple[int, int]] = []  # (predicted, right) of each answer choice
+
+    def update(self, batch: Batch, logits: Tensor, losses: Tensor) -> None:
+        """Add a batch: logits (N, V) or (B, ...) and the loss of each target (N,)."""
+        counted = losses if batch.counted is None else losses[batch.counted]
+        self.loss_sum += counted.double().sum().item()
+        self.num_targets += counted.numel()
+        self.num_examples += len(batch.ids)
+        for choice in batch.choices:
+            self._choose(choice, -losses, batch.owner)
+        if self.task in ("classification", "image_classification"):
+            for stream in self.streams.values():
+                stream.update(logits.argmax(-1).cpu(), batch.targets.cpu())
+        if self.task == "regression":
+            for stream in self.streams.values():
+                stream.update(logits.float().squeeze(-1).cpu(), batch.targets.cpu())
+
+    def _choose(self, choice: Choice, log_p: Tensor, owner: Tensor | None) -> None:
+        """The answer whose tokens have the largest log-probability in sum wins."""
+        assert owner is not None, "answer choices need owners"
+        scores = [log_p[owner == branch].sum().item() for branch in choice.branches]
+        self.answers.append((max(range(len(scores)), key=scores.__getitem__), choice.answer))
+
+    def compute(self) -> dict[str, float]:
+        """All metrics by name. An undefined one (a correlation of constants) is left out."""
+        loss = self.loss_sum / max(self.num_targets, 1)
+        values = {"loss": loss}
+        if self.task in ("causal_lm", "seq2seq"):
+            values["perplexity"] = math.exp(min(loss, 700.0))
+        if self.answers:
+            values |= _classification_metrics(self.answers)
+        values |= {name: stream.compute().item() for name, stream in self.streams.items()}
+        return {k: v for k, v in values.items() if math.isfinite(v) or k == "loss"}
+
+
+def _streams(task: Task, num_classes: int | None) -> dict[str, Any]:
+    if task in ("classification", "image_classification"):
+        return _classification(num_classes or 2)
+    if task != "regression":
+        return {}
+    from torchmetrics import MeanSquaredError, PearsonCorrCoef, SpearmanCorrCoef
+
+    return {"mse": MeanSquaredError(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+
+
+def _classification(num_classes: int) -> dict[str, Any]:
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+
+    return {
+        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+        "f1": MulticlassF1Score(num_classes, average="macro"),
+        "mcc": MulticlassMatthewsCorrCoef(num_classes),
+    }
+
+
+def _classification_metrics(answers: list[tuple[int, int]]) -> dict[str, float]:
+    predicted, right = torch.tensor(answers).T
+    streams = _classification(int(max(predicted.max(), right.max())) + 1)
+    for stream in streams.values():
+        stream.update(predicted, right)
+    return {name: stream.compute().item() for name, stream in streams.items()}
+
+
+def choose_best(name: str, task: Task, metrics: dict[str, float]) -> str:
+    """The metric that tells the best step: the user's, or accuracy, pearson or loss by the task."""
+    if name != "auto":
+        return name
+    default = "accuracy" if "accuracy" in metrics else BEST.get(task, "accuracy")
+    return default if default in metrics else "loss"
+
+
+def is_better(name: str, new: float, old: float) -> bool:
+    """Whether `new` is better than `old` in the metric `name`."""
+    return new < old if name in LOWER_IS_BETTER else new > old

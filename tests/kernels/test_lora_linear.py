@@ -1,0 +1,76 @@
+"""The fused operation against its reference in float64, on odd shapes, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftcli.kernels.lora_linear import lora_linear, lora_linear_ref
+
+SHAPES = [((3,), 5, 7, 1), ((2, 9), 13, 4, 3), ((1, 1, 6), 8, 8, 8), ((17, 3), 1, 5, 2)]
+
+
+def operands(batch: tuple[int, ...], d_in: int, d_out: int, r: int, dtype: torch.dtype) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    sizes = [(*batch, d_in), (d_out, d_in), (d_out,), (r, d_in), (d_out, r)]
+    x, W, b, A, B = (torch.randn(size, generator=draw, dtype=torch.float64).to(dtype) for size in sizes)
+    return [x.requires_grad_(), W, b, A.requires_grad_(), B.requires_grad_()]
+
+
+@pytest.mark.parametrize(("batch", "d_in", "d_out", "r"), SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients_equal_the_reference(
+    batch: tuple[int, ...], d_in: int, d_out: int, r: int, bias: bool
+) -> None:
+    x, W, b, A, B = operands(batch, d_in, d_out, r, torch.float64)
+    b = b if bias else None
+    dy = torch.randn(*batch, d_out, dtype=torch.float64)
+    y, y_ref = lora_linear(x, W, b, A, B, 0.7), lora_linear_ref(x, W, b, A, B, 0.7)
+    torch.testing.assert_close(y, y_ref, atol=1e-12, rtol=1e-12)
+    grads, wanted = (torch.autograd.grad(out, (x, A, B), dy) for out in (y, y_ref))
+    for g, w in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(g, w, atol=1e-11, rtol=1e-11)
+
+
+def test_gradients_pass_the_numerical_check() -> None:
+    x, W, b, A, B = operands((2, 3), 5, 4, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, W, b, A, B, 1.3), (x, A, B))
+
+
+def test_an_input_that_needs_no_gradient_costs_none() -> None:
+    x, W, b, A, B = operands((4,), 6, 5, 2, torch.float32)
+    lora_linear(x.detach(), W, b, A, B, 1.0).sum().backward()
+    assert x.grad is None
+    assert A.grad is not None
+
+
+def test_float32_masters_over_a_bfloat16_base_err_no_more_than_plain_bfloat16() -> None:
+    x, W, b, A, B = operands((64,), 96, 80, 8, torch.float64)
+    exact = lora_linear_ref(x, W, b, A, B, 0.5)
+    half = [t.detach().bfloat16() for t in (x, W, b)]
+    masters = [t.detach().float().requires_grad_() for t in (A, B)]
+    mixed = lora_linear(*half, *masters, 0.5)
+    plain = lora_linear_ref(*half, A.detach().bfloat16(), B.detach().bfloat16(), 0.5)
+    assert mixed.dtype == torch.bfloat16
+    assert (mixed - exact).norm() <= 2 * (plain - exact).norm()
+    mixed.sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in masters)
+
+
+def test_autocast_runs_the_products_in_its_type() -> None:
+    x, W, b, A, B = operands((4,), 6, 5, 2, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, W, b, A, B, 1.0)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert A.grad.dtype == torch.float32
+
+
+def test_compilation_sees_through_it() -> None:
+    x, W, b, A, B = operands((4,), 6, 5, 2, torch.float32)
+    compiled = torch.compile(lora_linear, backend="aot_eager", fullgraph=True)
+    y = compiled(x, W, b, A, B, 0.5)
+    torch.testing.assert_close(y, lora_linear_ref(x, W, b, A, B, 0.5))
+    y.sum().backward()
+    assert B.grad is not None
