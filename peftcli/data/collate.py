@@ -1,8 +1,9 @@
-"""Examples to batches. A batch says what the model is called with, and which logits answer for which targets.
+"""Examples to batches. A batch says what the model is called with, and which logits answer for
+which targets.
 
-Decoders get no token that nothing is predicted from: a row ends before its last target. Where the model allows packed
-rows, a batch is one row without padding, and a beginning that all its examples share is laid and computed once; both
-give the loss and the gradients of the padded batch.
+Decoders get no token that nothing is predicted from: a row ends before its last target. Where the
+model allows packed rows, a batch is one row without padding, and a beginning that all its examples
+share is laid and computed once; both give the loss and the gradients of the padded batch.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """`inputs` go to the model. The logits at `select` (rows, columns), or all in order, answer for `targets` (N,).
+    """`inputs` go to the model. The logits at `select` (rows, columns), or all in order, answer for
+    `targets` (N,).
 
-    `owner` (N,) names the branch of each target, and `choices` which branches compete, where answers are scored;
-    `counted` (N,) tells the targets that count for the loss from those that are there only to score a choice.
+    `owner` (N,) names the branch of each target, and `choices` which branches compete, where
+    answers are scored; `counted` (N,) tells the targets that count for the loss from those that are
+    there only to score a choice.
     """
 
     inputs: dict[str, Any]
@@ -67,7 +70,9 @@ class Batch:
 
 
 class Branch(NamedTuple):
-    """A prefix (P,), which neighbours may share, a continuation (T,), and which continuation tokens are targets (T,)."""
+    """A prefix (P,), which neighbours may share, a continuation (T,), and which continuation tokens
+    are targets (T,).
+    """
 
     prefix: np.ndarray
     tail: np.ndarray
@@ -75,15 +80,19 @@ class Branch(NamedTuple):
     counted: bool = True
 
     def trimmed(self) -> Branch:
-        """Without what follows the last target; the very first token of a row is no target, nothing predicts it."""
+        """Without what follows the last target; the very first token of a row is no target, nothing
+        predicts it.
+        """
         targets = self.targets if len(self.prefix) else np.concatenate([[False], self.targets[1:]])
         stop = int(np.flatnonzero(targets)[-1]) + 1
         return self._replace(tail=self.tail[:stop], targets=targets[:stop])
 
 
-# -- decoders ----------------------------------------------------------------------------------------------------------
+# -- decoders --------------------------------------------------------------------------------------
 def training_branches(examples: Sequence[Example], share: bool) -> list[Branch]:
-    """One branch an example; with `share`, the beginning that all of them have in common is their prefix."""
+    """One branch an example; with `share`, the beginning that all of them have in common is their
+    prefix.
+    """
     shared = _common_prefix(examples) if share and len(examples) > 1 else 0
     return [
         Branch(e["input_ids"][:shared], e["input_ids"][shared:], e["supervised"][shared:]).trimmed()
@@ -92,7 +101,7 @@ def training_branches(examples: Sequence[Example], share: bool) -> list[Branch]:
 
 
 def _common_prefix(examples: Sequence[Example]) -> int:
-    """Tokens that all examples begin with, short of the first target (its example is then its own)."""
+    """Tokens that all examples begin with, short of the first target."""
     limit = min(int(np.flatnonzero(e["supervised"])[0]) for e in examples)
     rows = np.stack([e["input_ids"][:limit] for e in examples])
     differs = np.flatnonzero((rows != rows[0]).any(0))
@@ -100,7 +109,9 @@ def _common_prefix(examples: Sequence[Example]) -> int:
 
 
 def scoring_branches(examples: Sequence[Example]) -> tuple[list[Branch], tuple[Choice, ...]]:
-    """For each example its completion, which counts for the loss, and its answer choices, all on the same prompt."""
+    """For each example its completion, which counts for the loss, and its answer choices, all on
+    the same prompt.
+    """
     branches: list[Branch] = []
     choices: list[Choice] = []
     for e in examples:
@@ -110,12 +121,16 @@ def scoring_branches(examples: Sequence[Example]) -> tuple[list[Branch], tuple[C
         P, ids = e["prompt_length"], e["input_ids"]
         branches.append(Branch(ids[:P], ids[P:], e["supervised"][P:]).trimmed())
         first = len(branches)
-        branches += [Branch(ids[:P], tail, np.ones(len(tail), bool), False) for tail in e["choices"]]
+        branches += [
+            Branch(ids[:P], tail, np.ones(len(tail), bool), False) for tail in e["choices"]
+        ]
         choices.append(Choice(tuple(range(first, len(branches))), e["answer"]))
     return branches, tuple(choices)
 
 
-def packed_row(branches: Sequence[Branch], ids: tuple[str, ...], choices: tuple[Choice, ...] = ()) -> Batch:
+def packed_row(
+    branches: Sequence[Branch], ids: tuple[str, ...], choices: tuple[Choice, ...] = ()
+) -> Batch:
     """All branches in one row (1, T): each prefix once, behind it what continues it."""
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -128,7 +143,10 @@ def packed_row(branches: Sequence[Branch], ids: tuple[str, ...], choices: tuple[
         nonlocal start
         segment = Segment(start, start + len(part), prefix.start, prefix.stop)
         if len(part):
-            tokens.append(part), positions.append(np.arange(first_position, first_position + len(part)))
+            (
+                tokens.append(part),
+                positions.append(np.arange(first_position, first_position + len(part))),
+            )
             segments.append(segment)
             start += len(part)
         return segment
@@ -137,11 +155,15 @@ def packed_row(branches: Sequence[Branch], ids: tuple[str, ...], choices: tuple[
         P = len(branch.prefix)
         if not P:
             held = Segment(0, 0)
-        elif branch.prefix is not previous and (previous is None or not np.array_equal(branch.prefix, previous)):
+        elif branch.prefix is not previous and (
+            previous is None or not np.array_equal(branch.prefix, previous)
+        ):
             held = lay(branch.prefix, 0, Segment(0, 0))
         previous = branch.prefix
         segment = lay(branch.tail[:-1], P, held)
-        before = np.arange(len(branch.tail)) + segment.start - 1  # the token that predicts each of the tail
+        before = (
+            np.arange(len(branch.tail)) + segment.start - 1
+        )  # the token that predicts each of the tail
         if P:
             before[0] = held.stop - 1
         keep.append(before[branch.targets])
@@ -155,7 +177,14 @@ def packed_row(branches: Sequence[Branch], ids: tuple[str, ...], choices: tuple[
         "use_cache": False,
     }
     return Batch(
-        inputs, _targets(branches), ids, row.shape[1], None, _owner(counts), _counted(branches, counts), choices
+        inputs,
+        _targets(branches),
+        ids,
+        row.shape[1],
+        None,
+        _owner(counts),
+        _counted(branches, counts),
+        choices,
     )
 
 
@@ -191,7 +220,14 @@ def padded_rows(
         column = np.searchsorted(kept, column)
     select = torch.from_numpy(row), torch.from_numpy(column)
     return Batch(
-        inputs, _targets(branches), ids, sum(lengths), select, _owner(counts), _counted(branches, counts), choices
+        inputs,
+        _targets(branches),
+        ids,
+        sum(lengths),
+        select,
+        _owner(counts),
+        _counted(branches, counts),
+        choices,
     )
 
 
@@ -206,12 +242,14 @@ def _owner(counts: Sequence[int]) -> Tensor:
 def _counted(branches: Sequence[Branch], counts: Sequence[int]) -> Tensor | None:
     if all(b.counted for b in branches):
         return None
-    return torch.repeat_interleave(torch.tensor([b.counted for b in branches]), torch.tensor(counts))
+    return torch.repeat_interleave(
+        torch.tensor([b.counted for b in branches]), torch.tensor(counts)
+    )
 
 
-# -- the collators -----------------------------------------------------------------------------------------------------
+# -- the collators ---------------------------------------------------------------------------------
 def causal_collator(pad: int, packing: bool, scoring: bool = False, keeps: bool = True) -> Collator:
-    """For decoders. `scoring` adds the answer choices; `keeps`: the model takes `logits_to_keep`."""
+    """For decoders. `scoring` adds answer choices; `keeps`: the model takes `logits_to_keep`."""
 
     def collate(examples: Sequence[Example]) -> Batch:
         ids = _ids(examples)
@@ -227,7 +265,9 @@ def causal_collator(pad: int, packing: bool, scoring: bool = False, keeps: bool 
 
 
 def seq2seq_collator(pad: int, start: int, scoring: bool = False) -> Collator:
-    """For encoder-decoders: the source in the encoder, the target shifted right behind `start` in the decoder."""
+    """For encoder-decoders: the source in the encoder, the target shifted right behind `start` in
+    the decoder.
+    """
 
     def collate(examples: Sequence[Example]) -> Batch:
         sources: list[np.ndarray] = []
@@ -252,10 +292,21 @@ def seq2seq_collator(pad: int, start: int, scoring: bool = False) -> Collator:
             "use_cache": False,
         }
         targets = torch.from_numpy(np.concatenate(tails).astype(np.int64))
-        flags = None if all(counted) else torch.repeat_interleave(torch.tensor(counted), torch.tensor(counts))
+        flags = (
+            None
+            if all(counted)
+            else torch.repeat_interleave(torch.tensor(counted), torch.tensor(counts))
+        )
         num_tokens = int(mask.sum() + decoder_mask.sum())
         return Batch(
-            inputs, targets, _ids(examples), num_tokens, (row, column), _owner(counts), flags, tuple(choices)
+            inputs,
+            targets,
+            _ids(examples),
+            num_tokens,
+            (row, column),
+            _owner(counts),
+            flags,
+            tuple(choices),
         )
 
     return collate
