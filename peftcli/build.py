@@ -1,4 +1,6 @@
-"""Putting a run's parts together: device and precision, model and tokenizer, data, host, collators, evaluation."""
+"""Putting a run's parts together: device and precision, model and tokenizer, data, host, collators,
+evaluation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import nn
 
 from peftcli.core.host import Host
 from peftcli.data.collate import Collator, make_collator
-from peftcli.data.prepare import Data, Examples, prepare
+from peftcli.data.examples import Data, Examples
+from peftcli.data.prepare import prepare
 from peftcli.errors import ConfigError
 from peftcli.models import attention, load
 from peftcli.models.source import Source, cache_dir, resolve
@@ -49,7 +52,9 @@ class Parts:
 
 
 def build(run: Run, *, with_data: bool = True) -> Parts:
-    """Load what `run` names, without its method: the base model on its device, the data, and how rows are laid out."""
+    """Load what `run` names, without its method: the base model on its device, the data, and how
+    rows are laid out.
+    """
     where = device.pick()
     torch.set_num_threads(run.trainer.num_threads or device.num_cores())
     autocast = _precision(run, where)
@@ -61,10 +66,19 @@ def build(run: Run, *, with_data: bool = True) -> Parts:
     processor = load.load_image_processor(source, run.model) if images else None
     data = None
     if with_data:
-        data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data", image_processor=processor)
-    host = _load_host(run, source, task, where, autocast, data.labels if data else None)
+        data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data")
+    dtype = _weights_dtype(run, autocast)
+    with streams.stream(run.seed, "head"):  # a fresh head is drawn from the run's own seed
+        loaded = load.load_model(
+            source, run.model, task, dtype=dtype, labels=_classes(task, data), tokenizer=tokenizer
+        )
+    host = Host(loaded.model.to(where), loaded.new_modules)
+    if run.trainer.gradient_checkpointing:
+        host.recompute_activations()
     packing, why_not = _choose_packing(run, task, host.model)
-    return Parts(run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not)
+    return Parts(
+        run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not
+    )
 
 
 def _precision(run: Run, where: torch.device) -> torch.dtype | None:
@@ -74,19 +88,16 @@ def _precision(run: Run, where: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if wanted else None
 
 
-def _load_host(
-    run: Run, source: Source, task: Task, where: torch.device, autocast: torch.dtype | None, labels: tuple[str, ...] | None
-) -> Host:
-    """The base model, frozen; its own weights in bfloat16 under bf16, unless the method trains them."""
-    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtype = named.get(run.model.dtype, torch.float32 if run.method.trains_base else autocast or torch.float32)
-    with streams.stream(run.seed, "head"):  # a fresh head is drawn from the run's own seed
-        loaded = load.load_model(source, run.model, task, dtype=dtype, labels=labels)
-    model = loaded.model.to(where)
-    host = Host(model, loaded.new_modules)
-    if run.trainer.gradient_checkpointing:
-        host.recompute_activations()
-    return host
+def _weights_dtype(run: Run, autocast: torch.dtype | None) -> torch.dtype:
+    """Of the base's own weights: bfloat16 under bf16, unless the method trains them."""
+    if run.model.dtype != "auto":
+        return getattr(torch, run.model.dtype)
+    return torch.float32 if run.method.trains_base else autocast or torch.float32
+
+
+def _classes(task: Task, data: Data | None) -> tuple[str, ...] | None:
+    """Names of the classes that a head tells apart; None for the other tasks."""
+    return data.labels if data and task in ("classification", "image_classification") else None
 
 
 def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str | None]:
@@ -129,7 +140,9 @@ def collator(parts: Parts, scoring: bool = False) -> Collator:
     )
 
 
-def evaluator(parts: Parts, counting: Callable[..., Any], poll: Callable[[], None]) -> Callable[[], dict[str, float]] | None:
+def evaluator(
+    parts: Parts, counting: Callable[..., Any], poll: Callable[[], None]
+) -> Callable[[], dict[str, float]] | None:
     """Evaluation of the model as it is on the held-out examples; None where there are none."""
     if parts.data is None or parts.data.eval is None or not len(parts.data.eval):
         return None
@@ -148,7 +161,9 @@ def evaluator(parts: Parts, counting: Callable[..., Any], poll: Callable[[], Non
 
             size = parts.run.trainer.per_device_eval_batch_size
             classes = len(labels) if labels else None
-            values = evaluate(parts.model, parts.task, held_out, held_out.lengths, collate, size, classes, tick)
+            values = evaluate(
+                parts.model, parts.task, held_out, held_out.lengths, collate, size, classes, tick
+            )
             if parts.run.trainer.generate_samples:
                 values |= _answers(parts, held_out, tick)
         return values
@@ -159,9 +174,11 @@ def evaluator(parts: Parts, counting: Callable[..., Any], poll: Callable[[], Non
 def _answers(parts: Parts, held_out: Examples, tick: Callable[[int], None]) -> dict[str, float]:
     """Free answers to the first few prompts, at most twice as long as the longest right one."""
     if parts.task not in ("causal_lm", "seq2seq"):
-        raise ConfigError(f"trainer.generate_samples: a {parts.task} model does not generate. Set it to 0.")
+        raise ConfigError(
+            f"trainer.generate_samples: a {parts.task} model does not generate. Set it to 0."
+        )
     few = [held_out[i] for i in range(min(parts.run.trainer.generate_samples, len(held_out)))]
     longest = int(held_out.num_supervised[: len(few)].max())
-    return answer_freely(parts.model, parts.tokenizer, few, 2 * longest, parts.task == "seq2seq", lambda n: tick(0))
-
-
+    return answer_freely(
+        parts.model, parts.tokenizer, few, 2 * longest, parts.task == "seq2seq", lambda n: tick(0)
+    )

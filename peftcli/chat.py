@@ -21,8 +21,7 @@ Messages = Sequence[Mapping[str, str]]
 
 def answer(parts: Parts, prompt: str | Messages, max_new_tokens: int, streamer: Any = None) -> str:
     """The model's greedy answer to a prompt, or to the messages of a chat so far."""
-    ids = torch.tensor([render_prompt(prompt, parts.tokenizer, system=parts.run.dataset.system)])
-    ids = ids.to(parts.device)
+    ids = torch.tensor([render_prompt(_asked(parts, prompt), parts.tokenizer)], device=parts.device)
     parts.model.eval()
     with (
         torch.inference_mode(),
@@ -40,10 +39,26 @@ def answer(parts: Parts, prompt: str | Messages, max_new_tokens: int, streamer: 
     return parts.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def _asked(parts: Parts, prompt: str | Messages) -> str | Messages:
+    """What training would have asked: for a chat model the system message of the data, then the
+    user's turn.
+    """
+    if not parts.tokenizer.chat_template:
+        return prompt
+    system, turns = parts.run.dataset.system, prompt
+    if isinstance(turns, str):
+        turns = [{"role": "user", "content": turns}]
+    if system is None or turns[0]["role"] == "system":
+        return turns
+    return [{"role": "system", "content": system}, *turns]
+
+
 def answer_all(
     parts: Parts, prompt: str | None, file: Path | None, max_new_tokens: int, as_json: bool
 ) -> int:
-    """Answer one prompt or every prompt of a file: plain answers, or with `as_json` one object a line."""
+    """Answer one prompt or every prompt of a file: plain answers, or with `as_json` one object a
+    line.
+    """
     for given in [prompt] if prompt is not None else read_prompts(file):
         text = answer(parts, given, max_new_tokens)
         print(json.dumps({"prompt": given, "answer": text}) if as_json else text, flush=True)
@@ -51,7 +66,9 @@ def answer_all(
 
 
 def read_prompts(file: Path | None) -> list[Any]:
-    """Prompts of a .txt file (one a line) or a .jsonl file ({"prompt": ...} or {"messages": [...]})."""
+    """Prompts of a .txt file (one a line) or a .jsonl file ({"prompt": ...} or {"messages":
+    [...]}).
+    """
     assert file is not None
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -65,17 +82,23 @@ def read_prompts(file: Path | None) -> list[Any]:
             row = json.loads(line)
             prompts.append(row["messages"] if "messages" in row else row["prompt"])
         except (ValueError, KeyError, TypeError):
-            raise DataError(f'{file}:{number}: expected {{"prompt": ...}} or {{"messages": [...]}}.') from None
+            raise DataError(
+                f'{file}:{number}: expected {{"prompt": ...}} or {{"messages": [...]}}.'
+            ) from None
     return prompts
 
 
 def chat(parts: Parts, max_new_tokens: int) -> int:
     """Talk with the model until an empty line or Ctrl-D."""
     if not sys.stdin.isatty():
-        raise ConfigError("generate: give --prompt TEXT or --file FILE, or start it on a terminal to chat.")
+        raise ConfigError(
+            "generate: give --prompt TEXT or --file FILE, or start it on a terminal to chat."
+        )
     console.print("Talk to the model; an empty line or Ctrl-D ends it.", style="dim")
     messages: list[dict[str, str]] = []
-    streamer = TextStreamer(parts.tokenizer, skip_prompt=parts.task == "causal_lm", skip_special_tokens=True)
+    streamer = TextStreamer(
+        parts.tokenizer, skip_prompt=parts.task == "causal_lm", skip_special_tokens=True
+    )
     while True:
         try:
             line = input("> ").strip()
@@ -85,4 +108,6 @@ def chat(parts: Parts, max_new_tokens: int) -> int:
             return 0
         messages.append({"role": "user", "content": line})
         given = messages if parts.tokenizer.chat_template else line
-        messages.append({"role": "assistant", "content": answer(parts, given, max_new_tokens, streamer)})
+        messages.append(
+            {"role": "assistant", "content": answer(parts, given, max_new_tokens, streamer)}
+        )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from peftcli.build import Parts
-from peftcli.data.prepare import Data
+from peftcli.data.examples import Data
 from peftcli.errors import ConfigError
-from peftcli.screen import duration, facts, grid, say, size
+from peftcli.screen import console, duration, facts, grid, size
 from peftcli.train import device
 from peftcli.train.estimate import Estimate, estimate
 from peftcli.train.folder import RunFolder
@@ -25,12 +29,18 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
     per_step = max(1, tokens * steps.batch // max(len(parts.data.train), 1))
     rows = run.trainer.per_device_train_batch_size * per_step // steps.batch
     cost = estimate(
-        parts.host, parts.device, parts.dtype, per_step, rows, steps.total, run.trainer.gradient_checkpointing
+        parts.host,
+        parts.device,
+        parts.dtype,
+        per_step,
+        rows,
+        steps.total,
+        run.trainer.gradient_checkpointing,
     )
     _refuse_too_large(parts, cost)
     blocks = {
         "model": _model(parts, trained, total),
-        "data": {**stats, "rows": "packed, no padding" if parts.packing else f"padded ({parts.why_not_packed})"},
+        "data": _data(parts, stats),
         "training": _training(parts, steps, cost),
     }
     if not quiet:
@@ -55,23 +65,66 @@ def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:
     }
 
 
+def _data(parts: Parts, stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the examples come from, how many there are, and what of them is trained on."""
+    rows = {
+        "from": ", ".join(
+            f"{s['path']} ({s['format']}, {s['rows']:,} "
+            f"rows{f', {n:,} unclear left out' if (n := s['unclear']) else ''})"
+            for s in stats["sources"]
+        )
+    }
+    for side, name in (("train", "training"), ("eval", "held out")):
+        if stats[side]:
+            rows[name] = _side(stats[side])
+    rows["layout"] = (
+        "packed, no padding" if parts.packing else f"padded rows ({parts.why_not_packed})"
+    )
+    how = "from the cache" if stats["cached"] else "prepared"
+    rows["ready"] = f"{how} in {duration(stats['seconds'])}"
+    return rows | {f"note {i}": note for i, note in enumerate(stats["notes"], 1)}
+
+
+def _side(counts: Mapping[str, Any]) -> str:
+    """One side's counts in a line."""
+    said = [f"{counts['examples']:,} examples"]
+    if counts.get("tokens"):
+        said.append(
+            f"{counts['tokens']:,} tokens (mean {counts['mean_length']:.0f}, longest "
+            f"{counts['max_length']})"
+        )
+    if counts.get("supervised_fraction"):
+        said.append(f"{counts['supervised_fraction']:.1%} of them targets")
+    for key in ("dropped_overlong", "dropped_without_targets", "truncated"):
+        if counts.get(key):
+            said.append(f"{counts[key]:,} {key.replace('_', ' ')}")
+    if counts.get("labels"):
+        said.append(_shown(counts["labels"]))
+    return ", ".join(said)
+
+
 def _added(host: Any) -> int:
     return sum(p.numel() for n, p in host.model.named_parameters() if ".deltas." in n)
 
 
 def _options(method: Any) -> str:
-    """The fields that are not empty, as the user would write them."""
-    values = {k: v for k, v in vars(method).items() if v not in ((), {}, None, False)}
+    """The fields that are not at their defaults, as the user would write them."""
+    values = {k: v for k, v in vars(method).items() if v != getattr(type(method), k, None)}
+    values = {k: v for k, v in values.items() if v not in ({}, ())}
     return " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
 
 
 def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
     run = parts.run
     return {
-        "steps": f"{steps.total} optimizer steps of {steps.batch} examples, {steps.steps_per_epoch} an epoch",
-        "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g}, {run.scheduler.name} schedule",
-        "memory": f"about {size(cost.memory)}: weights {size(cost.weights)}, trained {size(cost.trained)},"
-        f" activations {size(cost.activations)}; free {size(device.available_memory(parts.device))}",
+        "steps": f"{steps.total} optimizer steps of {steps.batch} examples,"
+        f" {steps.steps_per_epoch} an epoch",
+        "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
+        f" {run.scheduler.name} schedule",
+        "memory": f"about {size(cost.memory)}: weights {size(cost.weights)},"
+        f" trained {size(cost.trained)},"
+        f" activations {size(cost.activations)}; free "
+        f"{size(device.available_memory(parts.device))}",
         "disk": f"{size(cost.checkpoint)} a checkpoint",
         "time": f"about {duration(cost.seconds)} of training",
         "seed": run.seed,
@@ -80,14 +133,16 @@ def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
 
 
 def _refuse_too_large(parts: Parts, cost: Estimate) -> None:
-    import shutil
-    from pathlib import Path
-
-    folder = next(p for p in (Path(parts.run.run_dir).absolute(), *Path(parts.run.run_dir).absolute().parents) if p.exists())
+    folder = next(
+        p
+        for p in (Path(parts.run.run_dir).absolute(), *Path(parts.run.run_dir).absolute().parents)
+        if p.exists()
+    )
     free = shutil.disk_usage(folder).free
     if free < 2 * cost.checkpoint:
         raise ConfigError(
-            f"run_dir={parts.run.run_dir}: {size(free)} free on that disk, two checkpoints need {size(2 * cost.checkpoint)}."
+            f"run_dir={parts.run.run_dir}: {size(free)} free on that disk, two checkpoints need "
+            f"{size(2 * cost.checkpoint)}."
         )
 
 
@@ -100,9 +155,14 @@ def _shown(value: Any) -> str:
 
 
 def preview(data: Data, count: int = 2) -> None:
-    """A few examples as the model reads them, with what is trained on marked."""
-    for text in data.preview(count):
-        say(str(text), "dim")
+    """A few examples as the model reads them, with what is trained on in reverse."""
+    for example in data.preview(count):
+        text = Text(f"example {example.id}\n", style="bold")
+        for piece in example.pieces:
+            text.append(piece.text, style="green reverse" if piece.supervised else "not bold dim")
+        if example.label is not None:
+            text.append(f"  -> {example.label}", style="green")
+        console.print(text, end="\n\n")
 
 
 def metrics(title: str, columns: Mapping[str, Mapping[str, float]]) -> None:
@@ -123,9 +183,11 @@ def results(parts: Parts, progress: Progress, folder: RunFolder, file_size: int)
         {
             what: f"{folder.adapter} ({size(file_size)})",
             "metrics": f"{folder.metrics}, {folder.result}",
-            "training": f"{duration(progress.seconds)}, {progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s,"
+            "training": f"{duration(progress.seconds)},"
+            f" {progress.tokens / max(progress.seconds, 1e-9):,.0f} tokens/s,"
             f" peak memory {size(device.peak_memory(parts.device))}",
-            "next": f"peft-train generate {folder.path}    peft-train export {folder.path} --to merged --output FOLDER",
+            "try it": f"peft-train generate {folder.path}",
+            "merge it": f"peft-train export {folder.path} --to merged --output FOLDER",
         },
     )
 

@@ -1,7 +1,7 @@
 """What a run may end with: one exception class per documented exit code.
 
-A user's mistake is a `UserError`: its message alone is shown, never a traceback. Everything else that escapes is our
-mistake and shows one.
+A user's mistake is a `UserError`: its message alone is shown, never a traceback. Everything else
+that escapes is our mistake and shows one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user can put right. The message says what was given, what is allowed, and what to change."""
+    """Something the user can put right. The message says what was given, what is allowed, and what
+    to change.
+    """
 
     exit_code = 1
 
@@ -28,26 +30,28 @@ class DataError(UserError):
     exit_code = 3
 
 
-class OutOfMemory(UserError):
+class OutOfMemory(UserError):  # noqa: N818
     """The device has not enough memory for the step."""
 
     exit_code = 4
 
 
-class NonFinite(UserError):
+class NonFinite(UserError):  # noqa: N818
     """Loss or gradients are not finite; nothing of them reached the weights."""
 
     exit_code = 5
 
 
-class Stopped(UserError):
+class Stopped(UserError):  # noqa: N818
     """A signal asked the run to stop; a checkpoint was written and the run can be resumed."""
 
     exit_code = 75
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
-    """The entries of `allowed` that look most like `given`, best first; empty where nothing is close."""
+    """The entries of `allowed` that look most like `given`, best first; empty where nothing is
+    close.
+    """
     return difflib.get_close_matches(given, list(allowed), n=count, cutoff=0.5)
 
 

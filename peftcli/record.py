@@ -1,4 +1,6 @@
-"""result.json: one record a run, in the layout of HF peft's method comparison, with what else a fair table needs."""
+"""result.json: one record a run, in the layout of HF peft's method comparison, with what else a
+fair table needs.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,25 @@ from peftcli.models.source import cache_dir, fingerprint
 from peftcli.train import device, objective
 from peftcli.train.loop import Progress
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "safetensors", "tokenizers", "hydra-core", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "hydra-core",
+    "bitsandbytes",
+)
 
 
 def make_result(
-    parts: Parts, cfg: DictConfig, progress: Progress, started: datetime, first_step: float | None, file_size: int
+    parts: Parts,
+    cfg: DictConfig,
+    progress: Progress,
+    started: datetime,
+    first_step: float | None,
+    file_size: int,
 ) -> dict[str, Any]:
     """Everything about a finished run that a reader may ask for."""
     trained, total = parts.host.num_parameters()
@@ -51,8 +67,14 @@ def make_result(
             "num_total_params": total,
         },
         "meta_info": {
-            "model": {"name": parts.source.name, "kind": parts.source.kind, "sha256": fingerprint(parts.source, cache_dir())},
-            "dataset": {"key": parts.data.key, "sha256": parts.data.hash, **parts.data.stats} if parts.data else None,
+            "model": {
+                "name": parts.source.name,
+                "kind": parts.source.kind,
+                "sha256": fingerprint(parts.source, cache_dir()),
+            },
+            "dataset": {"key": parts.data.key, "sha256": parts.data.hash, **parts.data.stats}
+            if parts.data
+            else None,
             "config_sha256": digest(config),
             "task": parts.task,
             "packing": parts.packing,

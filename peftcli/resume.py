@@ -16,9 +16,10 @@ from peftcli.train.folder import RunFolder
 
 # What may differ when a run goes on: none of it changes what is computed.
 FREE = (
-    "name", "run_dir", "resume", "logger.", "trainer.eval_steps", "trainer.save_steps", "trainer.save_total_limit",
-    "trainer.logging_steps", "trainer.num_threads", "trainer.per_device_eval_batch_size", "trainer.generate_samples",
-    "trainer.metric_for_best", "trainer.nonfinite_patience", "dataset.num_proc",
+    "name", "run_dir", "resume", "logger.", "trainer.eval_steps", "trainer.save_steps",
+    "trainer.save_total_limit", "trainer.logging_steps", "trainer.num_threads",
+    "trainer.per_device_eval_batch_size", "trainer.generate_samples", "trainer.metric_for_best",
+    "trainer.nonfinite_patience", "dataset.num_proc",
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ class Start:
 
 
 def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
-    """What `resume` means here. With `never`, what an earlier run left is moved into previous/N/."""
+    """What `resume` means here. With `never`, an earlier run goes into previous/N/."""
     if run.resume == "never":
         if (moved := folder.set_aside()) is not None:
             say(f"resume=never: what was in {folder.path} is now in {moved}", "yellow")
@@ -55,22 +56,38 @@ def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
 
 def _given(path: Path) -> Path:
     if not path.is_dir():
-        near = did_you_mean(path.name, (p.name for p in path.parent.glob("step-*"))) if path.parent.is_dir() else ""
-        raise ConfigError(f"resume={path}: no such checkpoint folder (auto, never, or a step-NNNNNN folder).{near}")
+        near = (
+            did_you_mean(path.name, (p.name for p in path.parent.glob("step-*")))
+            if path.parent.is_dir()
+            else ""
+        )
+        raise ConfigError(
+            f"resume={path}: no such checkpoint folder (auto, never, or a step-NNNNNN "
+            f"folder).{near}"
+        )
     if (trouble := checkpoint.problem(path)) is not None:
         raise DataError(f"resume={path}: {trouble}.")
     return path
 
 
 def _refuse_changes(before: Any, now: DictConfig, folder: RunFolder) -> None:
-    old, new = flat(OmegaConf.to_container(before, resolve=True)), flat(OmegaConf.to_container(now, resolve=True))
-    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and not k.startswith(FREE)]
+    old, new = (
+        flat(OmegaConf.to_container(before, resolve=True)),
+        flat(OmegaConf.to_container(now, resolve=True)),
+    )
+    changed = [
+        k
+        for k in sorted(old.keys() | new.keys())
+        if old.get(k) != new.get(k) and not k.startswith(FREE)
+    ]
     if changed:
         listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:6])
         raise ConfigError(
-            f"run_dir={folder.path} holds a run with another configuration ({listed}"
-            f"{'; ...' if len(changed) > 6 else ''}). Choose another run_dir; or resume=never, which moves the old run"
-            f" aside; or resume={folder.checkpoints}/step-NNNNNN, which goes on from there with the new values."
+            f"run_dir={folder.path} holds a run with another configuration "
+            f"({listed}{'; ...' if len(changed) > 6 else ''}). Choose another run_dir; or "
+            "resume=never, which moves the old run aside; or "
+            f"resume={folder.checkpoints}/step-NNNNNN, which goes on from there with the new "
+            "values."
         )
 
 

@@ -1,4 +1,6 @@
-"""The verbs that load a model: train, check, evaluate, generate, export. The one file that knows every part."""
+"""The verbs that load a model: train, check, evaluate, generate, export. The one file that knows
+every part.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,19 @@ from peftcli.train.signals import Stopper, StopRequested
 
 
 def train(run: Run, cfg: DictConfig) -> int:
-    """Fine-tune, evaluate before and after, and leave the run folder; goes on where an earlier start was stopped."""
+    """Fine-tune, evaluate before and after, and leave the run folder; goes on where an earlier
+    start was stopped.
+    """
     started, screen, folder = datetime.now(UTC), LiveScreen(), RunFolder(Path(run.run_dir))
     with Stopper() as stopper, folder.locked(), out_of_memory():
         start = resume.where(run, cfg, folder)
         config.save(cfg, folder.path)
         log_to(folder.log)
         if start.finished:
-            say(f"{folder.path} holds this run, finished. To train again: another run_dir, or resume=never.")
+            say(
+                f"{folder.path} holds this run, finished. To train again: another run_dir, or "
+                "resume=never."
+            )
             return 0
         try:
             parts = build(run)
@@ -57,7 +64,9 @@ def train(run: Run, cfg: DictConfig) -> int:
     return 0
 
 
-def make_loop(parts: Parts, cfg: DictConfig, folder: RunFolder, screen: LiveScreen, stopper: Stopper) -> Loop:
+def make_loop(
+    parts: Parts, cfg: DictConfig, folder: RunFolder, screen: LiveScreen, stopper: Stopper
+) -> Loop:
     """The training of these parts, at its first step."""
     run, data = parts.run, parts.data
     assert data is not None
@@ -92,7 +101,9 @@ def make_loop(parts: Parts, cfg: DictConfig, folder: RunFolder, screen: LiveScre
 
 
 def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
-    """Everything but training: what would train on which sites, data and masks, steps, memory, disk and time."""
+    """Everything but training: what would train on which sites, data and masks, steps, memory, disk
+    and time.
+    """
     with out_of_memory():
         parts = build(run)
         adapt(parts)
@@ -115,10 +126,16 @@ def evaluate(run: Run, cfg: DictConfig, folder: Path | None, *, as_json: bool = 
         parts = trained_parts(run, folder)
         measure = evaluator(parts, LiveScreen().counting, lambda: None)
         if measure is None:
-            raise ConfigError("nothing is held out to evaluate on: set dataset.eval_samples or dataset.eval_path.")
+            raise ConfigError(
+                "nothing is held out to evaluate on: set dataset.eval_samples or dataset.eval_path."
+            )
         values = measure()
     assert parts.data is not None
-    result = {"model": parts.source.name, "adapter": str(folder) if folder else None, "metrics": values}
+    result = {
+        "model": parts.source.name,
+        "adapter": str(folder) if folder else None,
+        "metrics": values,
+    }
     if as_json:
         print(json.dumps({**result, "data": parts.data.hash, "dtype": str(parts.dtype)}, indent=2))
     else:
@@ -149,12 +166,18 @@ def generate(
 def export(
     run: Run, cfg: DictConfig, folder: Path | None, *, to: str, output: Path, as_json: bool = False
 ) -> int:
-    """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs compared."""
+    """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs
+    compared.
+    """
     if folder is None:
-        raise ConfigError("export needs a run folder: peft-train export RUN_FOLDER --to merged --output FOLDER")
+        raise ConfigError(
+            "export needs a run folder: peft-train export RUN_FOLDER --to merged --output FOLDER"
+        )
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output {output}: is not empty. Choose a new folder.")
-    exact = replace(run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False))
+    exact = replace(
+        run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False)
+    )
     with out_of_memory():
         parts = trained_parts(exact, folder, with_data=to == "merged")
         result: dict[str, Any] = {"to": to, "output": str(output)}
@@ -170,12 +193,16 @@ def export(
 
 
 def trained_parts(run: Run, folder: Path | None, *, with_data: bool = True) -> Parts:
-    """The parts of `run`, adapted by what `folder` has published; the base model alone without a folder."""
+    """The parts of `run`, adapted by what `folder` has published; the base model alone without a
+    folder.
+    """
     if folder is None:
         return build(run, with_data=with_data)
     adapter = RunFolder(folder).adapter
     if run.method.trains_base:  # the whole model was published
-        return build(replace(run, model=replace(run.model, name_or_path=str(adapter))), with_data=with_data)
+        return build(
+            replace(run, model=replace(run.model, name_or_path=str(adapter))), with_data=with_data
+        )
     parts = build(run, with_data=with_data)
     hf_peft.load(parts.host, adapter)
     return parts
@@ -196,7 +223,8 @@ def out_of_memory() -> Iterator[None]:
 
 def _advice(e: BaseException) -> str:
     return (
-        f"out of memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}. Smaller steps need less:"
-        " halve trainer.per_device_train_batch_size and double trainer.gradient_accumulation_steps (same result),"
-        " set trainer.gradient_checkpointing=true, or lower dataset.max_length."
+        f"out of memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}. Smaller steps "
+        "need less: halve trainer.per_device_train_batch_size and double "
+        "trainer.gradient_accumulation_steps (same result), set "
+        "trainer.gradient_checkpointing=true, or lower dataset.max_length."
     )

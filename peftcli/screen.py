@@ -1,4 +1,6 @@
-"""What a person sees: tables before, a progress bar during, results after. All on stderr; train.log gets the same."""
+"""What a person sees: tables before, a progress bar during, results after. All on stderr; train.log
+gets the same.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def say(text: str, style: str = "") -> None:
 
 def facts(title: str, rows: Mapping[str, Any]) -> None:
     """A two-column block: what, and how much of it."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
+    table = Table(
+        show_header=False, box=None, padding=(0, 2, 0, 0), title=title, title_justify="left"
+    )
     table.title_style = "bold cyan"
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
@@ -59,7 +63,9 @@ def facts(title: str, rows: Mapping[str, Any]) -> None:
 
 def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table with a header; numbers to the right."""
-    table = Table(title=title, title_justify="left", header_style="dim", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title, title_justify="left", header_style="dim", box=None, padding=(0, 2, 0, 0)
+    )
     table.title_style = "bold cyan"
     for i, name in enumerate(header):
         table.add_column(name, justify="left" if i == 0 else "right")
@@ -102,7 +108,9 @@ class LiveScreen:
         self.task: Any = None
         self.last_line = 0.0
         self.started = time.monotonic()
-        self.first_step: float | None = None  # seconds from the run's start to the end of its first step
+        self.first_step: float | None = (
+            None  # seconds from the run's start to the end of its first step
+        )
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[None]:
@@ -150,7 +158,12 @@ class LiveScreen:
             yield lambda n: self.bar.advance(task, n) if self.bar else None
             self.bar.remove_task(task)
         elif console.is_terminal:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
+            columns = (
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+            )
             with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
                 task = bar.add_task(what, total=total)
                 yield lambda n: bar.advance(task, n)

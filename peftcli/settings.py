@@ -1,7 +1,9 @@
-"""The typed configuration: one frozen dataclass a group (methods have theirs in `peftcli/methods/`).
+"""The typed configuration: one frozen dataclass a group (methods have theirs in
+`peftcli/methods/`).
 
-Every file in `configs/<group>/` equals the defaults of its dataclass but for what the file is about; the composed
-configuration is checked against these types before anything is loaded. This file imports no torch.
+Every file in `configs/<group>/` equals the defaults of its dataclass but for what the file is
+about; the composed configuration is checked against these types before anything is loaded. This
+file imports no torch.
 """
 
 from __future__ import annotations
@@ -33,9 +35,13 @@ class Model:
     name_or_path: str  # folder | hub id | package:NAME (an installed package that ships weights)
     revision: str | None = None  # branch, tag or commit of a hub id
     tokenizer: str | None = None  # folder or hub id, where it is not the model's own
-    chat_template: str | None = None  # file with a Jinja template, where the tokenizer's own is missing or unwanted
+    chat_template: str | None = (
+        None  # file with a Jinja template, where the tokenizer's own is missing or unwanted
+    )
     task: Literal["auto"] | Task = "auto"  # auto: from dataset.format and the architecture
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of frozen weights; auto: bfloat16 under bf16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # of frozen weights; auto: bfloat16 under bf16
+    )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False  # runs code from the hub; needs `revision` pinned to a commit
 
@@ -56,7 +62,9 @@ class Source:
 class Dataset:
     """Which examples, how they read, and how they are laid out."""
 
-    path: str | None = None  # embedded name | file (.json .jsonl .csv .parquet, also .gz) | folder | hub id
+    path: str | None = (
+        None  # embedded name | file (.json .jsonl .csv .parquet, also .gz) | folder | hub id
+    )
     mixture: tuple[Source, ...] = ()  # instead of `path`: several sources with weights
     name: str | None = None  # subset of a hub data set
     revision: str | None = None  # branch, tag or commit of a hub data set
@@ -70,12 +78,16 @@ class Dataset:
     train_samples: Positive | None = None  # use only so many, drawn by the split's hash order
     eval_path: str | None = None  # held-out examples; None: a part of `path`
     eval_split: str | None = None  # held-out split of the same hub data set or folder
-    eval_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = 0.05  # part of `path` held out, where no eval_path is given
+    eval_fraction: Annotated[float, Ge(0.0), Lt(1.0)] = (
+        0.05  # part of `path` held out, where no eval_path is given
+    )
     eval_samples: Annotated[int, Ge(0)] | None = None  # this many held out instead
     seed: int = 0  # of the split and of the mixture; not of the run
     max_length: Positive = 1024  # tokens of one example
     on_overlong: Literal["error", "drop", "truncate"] = "error"
-    packing: Literal["auto"] | bool = "auto"  # lay a batch in one row without padding; auto: where the model allows
+    packing: Literal["auto"] | bool = (
+        "auto"  # lay a batch in one row without padding; auto: where the model allows
+    )
     group_by_length: bool = False  # batches of similar length, where rows are padded
     num_proc: Positive = 1  # processes that tokenise
 
@@ -90,12 +102,20 @@ class Trainer:
     per_device_eval_batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1
     max_grad_norm: Annotated[float, Gt(0.0)] | None = 1.0  # None: no clipping
-    bf16: Literal["auto"] | bool = "auto"  # auto: where the processor multiplies bfloat16 in hardware
+    bf16: Literal["auto"] | bool = (
+        "auto"  # auto: where the processor multiplies bfloat16 in hardware
+    )
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
-    eval_steps: Positive | None = None  # optimizer steps between evaluations; None: only before and after
+    eval_steps: Positive | None = (
+        None  # optimizer steps between evaluations; None: only before and after
+    )
     eval_on_start: bool = True
-    generate_samples: Annotated[int, Ge(0)] = 0  # eval prompts answered freely, for exact match and for stopping
-    save_steps: Positive | None = None  # optimizer steps between checkpoints; None: on signals and at the end
+    generate_samples: Annotated[int, Ge(0)] = (
+        0  # eval prompts answered freely, for exact match and for stopping
+    )
+    save_steps: Positive | None = (
+        None  # optimizer steps between checkpoints; None: on signals and at the end
+    )
     save_total_limit: Positive = 2  # newest checkpoints kept, beside the best
     metric_for_best: str = "auto"  # auto: accuracy, pearson or loss, by the task
     logging_steps: Positive = 1
@@ -143,12 +163,16 @@ class Logger:
 
     name: Literal["jsonl", "tensorboard", "wandb"] = "jsonl"
     project: str = "peftcli"  # wandb
-    mode: Literal["online", "offline"] = "offline"  # wandb; offline runs are sent later by `wandb sync`
+    mode: Literal["online", "offline"] = (
+        "offline"  # wandb; offline runs are sent later by `wandb sync`
+    )
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """A torch optimizer by its class, with its own keyword arguments beside `lr` and `weight_decay`."""
+    """A torch optimizer by its class, with its own keyword arguments beside `lr` and
+    `weight_decay`.
+    """
 
     cls: str  # dotted name under an allowed package, from the file's `_target_`
     lr: Annotated[float, Gt(0.0)]

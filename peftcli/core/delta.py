@@ -1,4 +1,6 @@
-"""Delta: a paper's equation as a module, y = f(x; layer). Parameters and buffers of methods live here and nowhere else."""
+"""Delta: a paper's equation as a module, y = f(x; layer). Parameters and buffers of methods live
+here and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,27 @@ from torch import Tensor, nn
 from peftcli.core.layer import Layer
 
 
-class NotMergeable(TypeError):
+class NotMergeable(TypeError):  # noqa: N818 - a property of the equation
     """The equation does not fold into a weight and a bias."""
 
 
 class Delta(nn.Module):
-    """y = f(x; layer). `hf_keys` names its tensors in Hugging Face peft's files, where peft has the method."""
+    """y = f(x; layer). `hf_keys` names its tensors in Hugging Face peft's files, where peft has the
+    method.
+    """
 
     hf_keys: ClassVar[dict[str, str]] = {}
 
     def forward(self, x: Any, layer: Layer) -> Any:
-        """The site's output for the input `x`; at the model site `x` is the batch, a dict by argument name."""
+        """The site's output for the input `x`; at the model site `x` is the batch, a dict by
+        argument name.
+        """
         raise NotImplementedError
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weight (O, I) and bias (O,) of the one layer that equals this delta on a layer with `W` and `b`."""
+        """The weight (O, I) and bias (O,) of the one layer that equals this delta on a layer with
+        `W` and `b`.
+        """
         raise NotMergeable(f"{type(self).__name__} does not fold into a weight")
 
 
@@ -40,7 +48,7 @@ class WeightDelta(Delta):
         return W.to(dW.dtype) + dW, b
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """The layer's product with the changed weight; methods with a cheaper way write their own."""
+        """The layer's product with the changed weight; a method may have a cheaper way."""
         W, b = self.merged(layer.weight, layer.bias)
         return layer.linear(x, W.to(x.dtype) if x.is_floating_point() else W, b)
 

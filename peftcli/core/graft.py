@@ -1,7 +1,9 @@
-"""Grafting: a module keeps its place, its parameter names and its `isinstance`; only its class is swapped for a cached
-subclass whose forward folds the active deltas over the bare forward. The deltas become child modules.
+"""Grafting: a module keeps its place, its parameter names and its `isinstance`; only its class is
+swapped for a cached subclass whose forward folds the active deltas over the bare forward. The
+deltas become child modules.
 
-The subclass keeps the original name, module and signature, since saving, `generate` and the choice of a loss read them.
+The subclass keeps the original name, module and signature, since saving, `generate` and the choice
+of a loss read them.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def graft(module: nn.Module, name: str, delta: Delta) -> None:
 
 
 def prune(module: nn.Module, name: str) -> None:
-    """Take the adapter's delta off the module; without any left, the module is what it was before."""
+    """Take the adapter's delta off the module; without any left it is what it was before."""
     del module.deltas[name]
     module.active = tuple(n for n in module.active if n != name)
     if not module.deltas:
@@ -88,7 +90,9 @@ def prune(module: nn.Module, name: str) -> None:
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[nn.Module]:
-    """The model as it was before grafting, for saving the base (a quantised `save_pretrained` ignores `state_dict=`)."""
+    """The model as it was before grafting, for saving the base (a quantised `save_pretrained`
+    ignores `state_dict=`).
+    """
     held = [(m, type(m), m._modules.pop("deltas")) for m in list(model.modules()) if is_grafted(m)]
     for module, cls, _ in held:
         module.__class__ = cls.graft_of

@@ -1,5 +1,6 @@
-"""Host: the adapted model. It knows the sites, which adapters are there and active, what trains, and how all of it is
-frozen, merged, saved and loaded."""
+"""Host: the adapted model. It knows the sites, which adapters are there and active, what trains,
+and how all of it is frozen, merged, saved and loaded.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from peftcli.models.roles import layout
 class Host:
     """A model whose weights are frozen but for the adapters' deltas and what is selected.
 
-    `new_modules` are modules whose weights came from no file (a fresh classification head): they always train, in
-    float32, and are saved with the adapter.
+    `new_modules` are modules whose weights came from no file (a fresh classification head): they
+    always train, in float32, and are saved with the adapter.
     """
 
     def __init__(self, model: nn.Module, new_modules: Sequence[str] = ()) -> None:
@@ -42,11 +43,13 @@ class Host:
         for path in new_modules:
             self.train_module(path)
 
-    # -- adapters ------------------------------------------------------------------------------------------------------
+    # -- adapters ----------------------------------------------------------------------------------
     def add(
         self, method: Method, name: str = "default", batches: Iterable[Mapping[str, Any]] = ()
     ) -> None:
-        """Adapt the model by `method` under `name`, on top of the adapters that are there, and switch it on."""
+        """Adapt the model by `method` under `name`, on top of the adapters that are there, and
+        switch it on.
+        """
         if name in self.adapters:
             raise ConfigError(f"an adapter named {name!r} is already here; choose another name")
         if self._unmerged:
@@ -64,7 +67,9 @@ class Host:
         found = [p for p in paths if p == name or p.endswith("." + name)]
         if not found:
             hint = did_you_mean(name, {p.rsplit(".", 1)[-1] for p in paths})
-            raise ConfigError(f"method.modules_to_save: no module {name!r} in {type(self.model).__name__}.{hint}")
+            raise ConfigError(
+                f"method.modules_to_save: no module {name!r} in {type(self.model).__name__}.{hint}"
+            )
         return found
 
     def remove(self, name: str) -> None:
@@ -111,7 +116,10 @@ class Host:
         """Switch on exactly these adapters, bound in this order; none: the base."""
         for name in names:
             if name not in self.adapters:
-                raise ConfigError(f"no adapter {name!r}; there are {sorted(self.adapters)}.{did_you_mean(name, self.adapters)}")
+                raise ConfigError(
+                    f"no adapter {name!r}; there are "
+                    f"{sorted(self.adapters)}.{did_you_mean(name, self.adapters)}"
+                )
         for module in self.model.modules():
             if is_grafted(module):
                 module.active = tuple(n for n in names if n in module.deltas)
@@ -126,7 +134,7 @@ class Host:
         finally:
             self.activate(*held)
 
-    # -- what trains ---------------------------------------------------------------------------------------------------
+    # -- what trains -------------------------------------------------------------------------------
     def train_module(self, path: str) -> None:
         """Train the module's own weights whole, in float32, and save them with the adapter."""
         if path in self.saved_modules:
@@ -136,17 +144,23 @@ class Host:
         self.select(f"{path}.{name}" for name, _ in module.named_parameters())
 
     def select(self, names: Iterable[str]) -> None:
-        """Train these parameters of the base itself. They are made float32: updates are smaller than bfloat16 resolves."""
+        """Train these parameters of the base itself. They are made float32: updates are smaller
+        than bfloat16 resolves.
+        """
         for name in names:
             parameter = self.model.get_parameter(name)
             if not parameter.is_floating_point():
-                raise ConfigError(f"{name} is stored as {parameter.dtype}: quantised weights cannot be trained")
+                raise ConfigError(
+                    f"{name} is stored as {parameter.dtype}: quantised weights cannot be trained"
+                )
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             self._selected.add(name)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Everything that trains, by name in sorted order, so that every rank sees the same; tied tensors once."""
+        """Everything that trains, by name in sorted order, so that every rank sees the same; tied
+        tensors once.
+        """
         return {n: p for n, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
     def reset_optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -154,11 +168,19 @@ class Host:
         self.reset_requests.extend(parameters)
 
     def recompute_activations(self) -> None:
-        """Recompute activations in the backward pass instead of keeping them (gradient checkpointing)."""
-        verbs = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # renamed in transformers 5.23
+        """Recompute activations in the backward pass instead of keeping them (gradient
+        checkpointing).
+        """
+        verbs = (
+            "activation_checkpointing_enable",
+            "gradient_checkpointing_enable",
+        )  # renamed in transformers 5.23
         verb = next((v for v in verbs if hasattr(self.model, v)), None)
         if verb is None or not getattr(self.model, "supports_gradient_checkpointing", False):
-            raise ConfigError(f"trainer.gradient_checkpointing=true: {type(self.model).__name__} does not support it.")
+            raise ConfigError(
+                f"trainer.gradient_checkpointing=true: {type(self.model).__name__} does not "
+                "support it."
+            )
         getattr(self.model, verb)()
 
     def num_parameters(self) -> tuple[int, int]:
@@ -166,9 +188,11 @@ class Host:
         counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
-    # -- state ---------------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: the deltas' parameters and buffers and the selected weights, by name."""
+        """What a checkpoint holds of the model: the deltas' parameters and buffers and the selected
+        weights, by name.
+        """
         names = {n for n in self.model.state_dict() if ".deltas." in n or n.startswith("deltas.")}
         names |= self._selected
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -181,20 +205,25 @@ class Host:
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise DataError(
-                f"the saved state does not fit this model and method: {len(missing)} tensors missing"
-                f" {missing[:3]}, {len(extra)} not expected {extra[:3]}"
+                f"the saved state does not fit this model and method: {len(missing)} tensors "
+                f"missing {missing[:3]}, {len(extra)} not expected {extra[:3]}"
             )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
-                raise DataError(f"{name}: saved with shape {tuple(state[name].shape)}, here {tuple(tensor.shape)}")
+                raise DataError(
+                    f"{name}: saved with shape {tuple(state[name].shape)}, here "
+                    f"{tuple(tensor.shape)}"
+                )
             tensor.copy_(state[name])
 
-    # -- merging -------------------------------------------------------------------------------------------------------
+    # -- merging -----------------------------------------------------------------------------------
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the active deltas into the weights. The folded modules' weights are kept aside, so that `unmerge` is exact.
+        """Fold the active deltas into the weights. The folded modules' weights are kept aside, so
+        that `unmerge` is exact.
 
-        Raises `ConfigError` where an equation does not fold, or where the weight is shared with another module.
+        Raises `ConfigError` where an equation does not fold, or where the weight is shared with
+        another module.
         """
         folded: dict[str, tuple[Tensor, Tensor | None]] = {}
         for path, module in self._grafted():
@@ -208,7 +237,10 @@ class Host:
         for path, (W, b) in folded.items():
             module = self.model.get_submodule(path)
             bias = getattr(module, "bias", None)
-            self._unmerged[path] = (weights.dense(module).clone(), None if bias is None else bias.clone())
+            self._unmerged[path] = (
+                weights.dense(module).clone(),
+                None if bias is None else bias.clone(),
+            )
             weights.write(module, W, b)
         self.activate()
 
@@ -231,8 +263,9 @@ class Host:
         for other_path, other in self.model.named_modules(remove_duplicate=False):
             if other is not module and getattr(other, "weight", None) is module.weight:
                 raise ConfigError(
-                    f"{path} shares its weight with {other_path} (tied embeddings): merging would change both."
-                    " Leave it out of method.target_modules, or keep the adapter apart."
+                    f"{path} shares its weight with {other_path} (tied embeddings): merging would "
+                    "change both. Leave it out of method.target_modules, or keep the adapter "
+                    "apart."
                 )
 
     def bare(self) -> Any:

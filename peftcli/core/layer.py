@@ -1,5 +1,7 @@
-"""What an equation sees at a site: `Layer`, a callable with a weight. A Delta bound to a Layer is a Layer again (`Bound`),
-so stacking, combining and merging are function composition with the bare module as identity."""
+"""What an equation sees at a site: `Layer`, a callable with a weight. A Delta bound to a Layer is a
+Layer again (`Bound`), so stacking, combining and merging are function composition with the bare
+module as identity.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ if TYPE_CHECKING:
 
 
 class Layer(Protocol):
-    """layer(x) -> y; layer.weight (O, I) dense; layer.bias; layer.linear(x, W, b) and layer.mix(h, B), the module's own
-    kind of product with other matrices; layer.dtype, that of the last output."""
+    """layer(x) -> y; layer.weight (O, I) dense; layer.bias; layer.linear(x, W, b) and layer.mix(h,
+    B), the module's own kind of product with other matrices; layer.dtype, that of the last output.
+    """
 
     dtype: torch.dtype | None
-    is_plain: bool  # y = W x + b with a frozen dense W, so that a fused operation may stand in for it
+    is_plain: (
+        bool  # y = W x + b with a frozen dense W, so that a fused operation may stand in for it
+    )
 
     def __call__(self, x: Any) -> Any:
         """The layer's output for `x`."""
@@ -50,7 +55,9 @@ class Layer(Protocol):
 
 
 class Bare:
-    """The module as it was before grafting. `rest` carries its other arguments in and its other outputs out."""
+    """The module as it was before grafting. `rest` carries its other arguments in and its other
+    outputs out.
+    """
 
     __slots__ = ("args", "cls", "dtype", "key", "kwargs", "module", "rest")
 
@@ -62,11 +69,18 @@ class Bare:
         kwargs: dict[str, Any] | None = None,
         key: str | None = None,
     ) -> None:
-        self.module, self.cls, self.args, self.kwargs, self.key = module, cls, args, kwargs or {}, key
+        self.module, self.cls, self.args, self.kwargs, self.key = (
+            module,
+            cls,
+            args,
+            kwargs or {},
+            key,
+        )
         self.rest: tuple[Any, ...] | None = None
         self.dtype: torch.dtype | None = None
 
     def __call__(self, x: Any) -> Any:
+        """The bare output for `x`."""
         if isinstance(x, dict):  # the model site: x is the batch, by argument name
             return self.cls.forward(self.module, **x)
         if self.key is None:
@@ -104,7 +118,9 @@ class Bare:
 
 
 class Bound:
-    """A delta on a layer. Calls the delta as a module, so that hooks of sharding engines stay alive."""
+    """A delta on a layer. Calls the delta as a module, so that hooks of sharding engines stay
+    alive.
+    """
 
     __slots__ = ("delta", "inner")
     is_plain = False
@@ -113,10 +129,13 @@ class Bound:
         self.delta, self.inner = delta, inner
 
     def __call__(self, x: Any) -> Any:
+        """The delta's output, in the type of the layer's own."""
         y = self.delta(x, self.inner)
         if not isinstance(y, Tensor):
             return y
-        want = self.inner.dtype  # of the layer's own output; a delta that never asked for it keeps to its input
+        want = (
+            self.inner.dtype
+        )  # of the layer's own output; a delta that never asked for it keeps to its input
         if want is None and isinstance(x, Tensor) and x.is_floating_point():
             want = _product_dtype(x)
         return y if want is None else y.to(want)

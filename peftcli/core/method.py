@@ -2,18 +2,21 @@
 
 The life cycle, the only order there is:
 
-    setup(host, batches)      once, before sharding: importance scores, initialisations from data, choose sites, graft
+    setup(host, batches)      once, before sharding: importance scores, initialisations from data,
+    choose sites, graft
     stages() -> (Stage, ...)  default one; a stage names what trains, for how long
-    param_groups(host, lr, weight_decay)   default: one group of everything that trains, one-dimensional tensors undecayed
+    param_groups(host, lr, weight_decay)   default: matrices decay, vectors do not
     before_step(host, t)      schedules: gates, layers drawn, ranks
       forward; loss + penalty(host); backward
     after_backward(host, t)   gradients exist, unclipped: masks, importance averages
       clip; optimizer.step; zero_grad
-    after_step(host, t)       prune, regrow, proximal step, reallocate; may ask host.reset_optimizer(params)
-    finish(host)              before export: fold what folds, drop what only training needed
+    after_step(host, t)       prune, regrow, proximal step, reallocate; may ask
+    host.reset_optimizer(params) finish(host)              before export: fold what folds, drop what
+    only training needed
 
-Every hook has an empty default; most methods write only `build(site)`. All state that must survive a restart is a
-parameter or a buffer of a Delta, so resuming costs a method no code. Hooks run on every rank in the same order.
+Every hook has an empty default; most methods write only `build(site)`. All state that must survive
+a restart is a parameter or a buffer of a Delta, so resuming costs a method no code. Hooks run on
+every rank in the same order.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """Where training is: optimizer step `index` of `total`, counted from 0; `epoch` as a fraction."""
+    """Where training is: optimizer step `index` of `total`, from 0; `epoch` as a fraction."""
 
     index: int
     total: int
@@ -55,10 +58,16 @@ class Method:
     family: ClassVar[str] = ""
     peft_type: ClassVar[str | None] = None  # name in Hugging Face peft, where it has the method
     hf_fields: ClassVar[Mapping[str, str]] = {}  # our field: peft's field
-    starts_at_base: ClassVar[bool] = True  # before the first step the adapted model computes what the base does
-    trains_base: ClassVar[bool] = False  # trains weights of the base itself, so they are kept in float32
+    starts_at_base: ClassVar[bool] = (
+        True  # before the first step the adapted model computes what the base does
+    )
+    trains_base: ClassVar[bool] = (
+        False  # trains weights of the base itself, so they are kept in float32
+    )
 
-    modules_to_save: tuple[str, ...] = ()  # modules trained whole beside the method; fresh heads always are
+    modules_to_save: tuple[
+        str, ...
+    ] = ()  # modules trained whole beside the method; fresh heads always are
 
     def build(self, site: Site) -> Delta | None:
         """The delta of one site, or None to leave it alone."""
@@ -75,7 +84,9 @@ class Method:
         return (Stage(),)
 
     def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: matrices decay, biases, norms and scales (fewer than two dimensions) do not."""
+        """Optimizer groups: matrices decay, biases, norms and scales (fewer than two dimensions) do
+        not.
+        """
         trained = host.trained().values()
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},

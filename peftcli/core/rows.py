@@ -1,4 +1,6 @@
-"""Deltas on parts of a fused linear: the roles q, k, v of GPT-2's `c_attn` are row ranges of one weight."""
+"""Deltas on parts of a fused linear: the roles q, k, v of GPT-2's `c_attn` are row ranges of one
+weight.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from peftcli.core.layer import Layer
 
 
 class RowLayer:
-    """Rows `index` (K,) of a linear layer, as a layer; reuses the output `y` that was made from `x` already."""
+    """Rows `index` (K,) of a linear layer, as a layer; reuses the output `y` that was made from `x`
+    already.
+    """
 
     is_plain = False
 
@@ -19,6 +23,7 @@ class RowLayer:
         self.dtype = y.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The rows' output for `x`."""
         y = self.y if x is self.x else self.inner(x)
         return y.index_select(-1, self.index)
 
@@ -47,7 +52,9 @@ class RowLayer:
 
 
 class RowsDelta(Delta):
-    """One delta for each role of a fused linear, each on its own output rows; the other rows pass unchanged."""
+    """One delta for each role of a fused linear, each on its own output rows; the other rows pass
+    unchanged.
+    """
 
     def __init__(self, d_out: int) -> None:
         super().__init__()

@@ -20,8 +20,9 @@ Rows = tuple[tuple[int, int], ...]
 class Site:
     """A module of the model with its role.
 
-    `d_in` and `d_out` are the sides of its dense weight (O, I): O = d_out, I = d_in (for a convolution the
-    inputs of one group times the kernel). `rows` are the output rows of one role of a fused linear, as (start, stop).
+    `d_in` and `d_out` are the sides of its dense weight (O, I): O = d_out, I = d_in (for a
+    convolution the inputs of one group times the kernel). `rows` are the output rows of one role of
+    a fused linear, as (start, stop).
     """
 
     path: str
@@ -41,7 +42,9 @@ class Site:
         return W if self.rows is None else torch.cat([W[start:stop] for start, stop in self.rows])
 
     def pick(self, patterns: Mapping[str, float], default: float) -> float:
-        """The value of the first pattern that is this site's role, or a regular expression for the end of its path."""
+        """The value of the first pattern that is this site's role, or a regular expression for the
+        end of its path.
+        """
         for pattern, value in patterns.items():
             if pattern == self.role or re.fullmatch(rf"(.*\.)?({pattern})", self.path):
                 return value
@@ -58,12 +61,15 @@ def find_sites(
 ) -> tuple[list[Site], dict[str, int]]:
     """The sites that `targets` mean, in the model's order, and how many each entry matched.
 
-    An entry is a role (q, k, v, o, gate, up, down, ...), `all-linear` (every linear of the transformer blocks), the
-    name or the path of a module, or a regular expression for whole paths. An entry that matches nothing stops the run.
+    An entry is a role (q, k, v, o, gate, up, down, ...), `all-linear` (every linear of the
+    transformer blocks), the name or the path of a module, or a regular expression for whole paths.
+    An entry that matches nothing stops the run.
     """
     entries = [targets] if isinstance(targets, str) else list(targets)
     if not entries:
-        raise ConfigError("method.target_modules is empty. Name roles (q, v), modules, or all-linear.")
+        raise ConfigError(
+            "method.target_modules is empty. Name roles (q, v), modules, or all-linear."
+        )
     found: dict[str, Site] = {}
     counts: dict[str, int] = {}
     for entry in entries:
@@ -86,14 +92,18 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _match(model: nn.Module, layout: Layout, entry: str) -> Iterator[Site]:
-    """Sites of one entry. What it may be is tried in this order: all-linear, a role, a name or path, an expression."""
+    """Sites of one entry. What it may be is tried in this order: all-linear, a role, a name or
+    path, an expression.
+    """
     modules = list(candidates(model))
     if entry == "all-linear":
         for path, module in modules:
             if layout.block_of(path) is not None and weights.kind_of(module) != "embedding":
                 yield _site(path, module, layout)
         return
-    by_role = [(p, m, rows) for p, m in modules for r, rows in layout.roles_of(p).items() if r == entry]
+    by_role = [
+        (p, m, rows) for p, m in modules for r, rows in layout.roles_of(p).items() if r == entry
+    ]
     if by_role:
         for path, module, rows in by_role:
             yield _site(path, module, layout, entry, rows)
@@ -103,12 +113,15 @@ def _match(model: nn.Module, layout: Layout, entry: str) -> Iterator[Site]:
         yield _site(path, module, layout)
 
 
-def _full_matches(pattern: str, modules: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+def _full_matches(
+    pattern: str, modules: list[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
     try:
         expression = re.compile(pattern)
     except re.error as e:
         raise ConfigError(
-            f"method.target_modules={pattern!r} is neither a role nor a module's name, nor a regular expression: {e}."
+            f"method.target_modules={pattern!r} is neither a role nor a module's name, nor a "
+            f"regular expression: {e}."
         ) from None
     return [(p, m) for p, m in modules if expression.fullmatch(p)]
 
@@ -123,7 +136,17 @@ def _site(
     if rows is not None:
         d_out = sum(stop - start for start, stop in rows)
     groups = getattr(module, "groups", 1)
-    return Site(path, module, weights.kind_of(module), d_in, d_out, role, layout.block_of(path), rows, groups)
+    return Site(
+        path,
+        module,
+        weights.kind_of(module),
+        d_in,
+        d_out,
+        role,
+        layout.block_of(path),
+        rows,
+        groups,
+    )
 
 
 def _nothing_matches(model: nn.Module, layout: Layout, entry: str) -> str:

@@ -1,8 +1,8 @@
 """Storage of weights: the one file that knows how modules keep theirs.
 
-Every weight is shown to the equations as a dense (O, I) matrix: a convolution's kernel is flattened to
-(O, I/groups * kernel), GPT-2's `Conv1D` gives its transpose, an embedding table (V, D) is the linear map of one-hot
-rows and so gives (D, V).
+Every weight is shown to the equations as a dense (O, I) matrix: a convolution's kernel is flattened
+to (O, I/groups * kernel), GPT-2's `Conv1D` gives its transpose, an embedding table (V, D) is the
+linear map of one-hot rows and so gives (D, V).
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ def has_weight_matrix(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether `cls.forward` on the module is just W x + b with a frozen, dense, floating-point weight."""
+    """Whether `cls.forward` on the module is just W x + b with a frozen, dense, floating-point
+    weight.
+    """
     forward_is_stock = cls.forward in (nn.Linear.forward, Conv1D.forward)
-    return forward_is_stock and module.weight.is_floating_point() and not module.weight.requires_grad
+    return (
+        forward_is_stock and module.weight.is_floating_point() and not module.weight.requires_grad
+    )
 
 
 def kind_of(module: nn.Module) -> str:
@@ -35,7 +39,9 @@ def kind_of(module: nn.Module) -> str:
 
 
 def dense(module: nn.Module) -> Tensor:
-    """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage allows."""
+    """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage
+    allows.
+    """
     weight = module.weight
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
@@ -51,7 +57,9 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def write(module: nn.Module, W: Tensor, b: Tensor | None) -> None:
-    """Store the (O, I) matrix `W` and the bias `b` in the module; a module without a bias gains one where `b` is given."""
+    """Store the (O, I) matrix `W` and the bias `b` in the module; a module without a bias gains one
+    where `b` is given.
+    """
     stored = W.T if isinstance(module, Conv1D | nn.Embedding) else W.reshape(module.weight.shape)
     module.weight.copy_(stored)
     if b is None:
@@ -63,7 +71,9 @@ def write(module: nn.Module, W: Tensor, b: Tensor | None) -> None:
 
 
 def apply(module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-    """The product that `module` would make with the (R, I) matrix `W` in place of its own; R rows need not be its O."""
+    """The product that `module` would make with the (R, I) matrix `W` in place of its own; R rows
+    need not be its O.
+    """
     if isinstance(module, nn.Embedding):
         y = F.embedding(x, W.T)
         scale = getattr(module, "embed_scale", None)  # Gemma and BART multiply what they look up
@@ -79,7 +89,9 @@ def apply(module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None = None) -> T
 
 
 def mix(module: nn.Module, h: Tensor, B: Tensor) -> Tensor:
-    """B (O, R) on the channels of `h`: the last dimension, or dimension 1 behind a convolution (R/groups columns there)."""
+    """B (O, R) on the channels of `h`: the last dimension, or dimension 1 behind a convolution
+    (R/groups columns there).
+    """
     if isinstance(module, _ConvNd):
         ones = (1,) * len(module.kernel_size)
         return _CONVOLVE[len(ones)](h, B.view(*B.shape, *ones), groups=module.groups)

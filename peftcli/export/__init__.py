@@ -1,1 +1,3 @@
-"""Trained adapters as files: Hugging Face peft's format where it has the method, merged models, model cards."""
+"""Trained adapters as files: Hugging Face peft's format where it has the method, merged models,
+model cards.
+"""

@@ -1,4 +1,6 @@
-"""What merging did to the outputs, measured on held-out examples: exact arithmetic would change nothing."""
+"""What merging did to the outputs, measured on held-out examples: exact arithmetic would change
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,12 @@ from peftcli.build import Parts, collator
 from peftcli.train import objective
 
 
-def merged_outputs(parts: Parts, merge: Callable[[], None], num_examples: int = 32) -> dict[str, Any]:
-    """Run `merge`, with the model's outputs before and after: largest difference of a logit, and how often the
-    largest logit is the same."""
+def merged_outputs(
+    parts: Parts, merge: Callable[[], None], num_examples: int = 32
+) -> dict[str, Any]:
+    """Run `merge`, with the model's outputs before and after: largest difference of a logit, and
+    how often the largest logit is the same.
+    """
     before = _outputs(parts, num_examples)
     merge()
     after = _outputs(parts, num_examples)

@@ -1,7 +1,8 @@
-"""Adapters in Hugging Face peft's format, both ways: `adapter_config.json` and `adapter_model.safetensors`.
+"""Adapters in Hugging Face peft's format, both ways: `adapter_config.json` and
+`adapter_model.safetensors`.
 
-What a method has in common with peft it declares (`peft_type`, `hf_fields`, `hf_module`); this file writes it down, reads
-it back, and checks what it wrote against the live tensors.
+What a method has in common with peft it declares (`peft_type`, `hf_fields`, `hf_module`); this file
+writes it down, reads it back, and checks what it wrote against the live tensors.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ TASK_TYPES: dict[Task, str | None] = {
     "image_classification": None,
 }
 # Fields of peft's configuration that do not change what a loaded adapter computes.
-HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "inference_mode", "init_lora_weights",
-    "modules_to_save", "peft_type", "peft_version", "revision", "target_modules", "task_type", "rank_pattern",
-    "alpha_pattern", "r", "lora_alpha", "lora_dropout", "use_rslora", "ensure_weight_tying", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
-}  # fmt: skip
+HARMLESS = frozenset(
+    "auto_mapping base_model_name_or_path fan_in_fan_out inference_mode init_lora_weights revision"
+    " modules_to_save peft_type peft_version target_modules task_type rank_pattern alpha_pattern r"
+    " lora_alpha lora_dropout use_rslora ensure_weight_tying megatron_core loftq_config eva_config"
+    " corda_config lora_ga_config runtime_config qalora_group_size".split()
+)
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
-def save(host: Host, name: str, folder: Path, task: Task, base: str, revision: str | None = None) -> int:
+# -- writing ---------------------------------------------------------------------------------------
+def save(
+    host: Host, name: str, folder: Path, task: Task, base: str, revision: str | None = None
+) -> int:
     """Write the adapter `name` into `folder`; returns the bytes of its weights.
 
     Raises `NonFinite` where a tensor is not finite: such an adapter is never published.
@@ -52,7 +55,9 @@ def save(host: Host, name: str, folder: Path, task: Task, base: str, revision: s
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in _tensors(host, name).items()}
     broken = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
     if broken:
-        raise NonFinite(f"the adapter has non-finite numbers in {broken[:3]}; it was not published.")
+        raise NonFinite(
+            f"the adapter has non-finite numbers in {broken[:3]}; it was not published."
+        )
     config = {
         "peft_type": method.peft_type,
         "task_type": TASK_TYPES[task],
@@ -88,9 +93,13 @@ def _tensors(host: Host, name: str) -> dict[str, Tensor]:
 
 
 def _target_names(model: nn.Module, paths: set[str]) -> list[str]:
-    """The shortest names that mean exactly these modules: last names where all modules of that name are meant."""
+    """The shortest names that mean exactly these modules: last names where all modules of that name
+    are meant.
+    """
     names = {p.rsplit(".", 1)[-1] for p in paths}
-    meant = {p for p, _ in model.named_modules() if p.rsplit(".", 1)[-1] in names and ".deltas." not in p}
+    meant = {
+        p for p, _ in model.named_modules() if p.rsplit(".", 1)[-1] in names and ".deltas." not in p
+    }
     return sorted(names if meant == paths else paths)
 
 
@@ -101,7 +110,7 @@ def _check(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise DataError(f"{path} reads back differently from what was written. Is the disk sound?")
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 def read_config(folder: Path) -> dict[str, Any]:
     """`adapter_config.json`, checked to be one that can be loaded here."""
     try:
@@ -112,21 +121,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder / CONFIG} cannot be read: {e}") from None
     if not isinstance(config, dict) or config.get("peft_type") not in READABLE:
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise DataError(f"{folder / CONFIG}: peft_type {kind!r} is not one of {', '.join(READABLE)}.")
-    odd = {k: v for k, v in config.items() if k not in HARMLESS and v not in (None, False, "none", [], {})}
-    if odd:
-        raise DataError(f"{folder / CONFIG}: {odd} change the adapter's function and are not supported.")
-    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] in ("pissa", "olora", "corda"):
         raise DataError(
-            f"{folder / CONFIG}: saved relative to a changed base (init_lora_weights={config['init_lora_weights']!r});"
-            " convert it in peft first (path_initial_model_for_weight_conversion)."
+            f"{folder / CONFIG}: peft_type {kind!r} is not one of {', '.join(READABLE)}."
+        )
+    odd = {
+        k: v
+        for k, v in config.items()
+        if k not in HARMLESS and v not in (None, False, "none", [], {})
+    }
+    if odd:
+        raise DataError(
+            f"{folder / CONFIG}: {odd} change the adapter's function and are not supported."
+        )
+    if isinstance(config.get("init_lora_weights"), str) and config["init_lora_weights"] in (
+        "pissa",
+        "olora",
+        "corda",
+    ):
+        raise DataError(
+            f"{folder / CONFIG}: saved relative to a changed base "
+            f"(init_lora_weights={config['init_lora_weights']!r}); convert it in peft first "
+            "(path_initial_model_for_weight_conversion)."
         )
     return config
 
 
 def load(host: Host, folder: Path, name: str = "default") -> None:
-    """Add the adapter in `folder` to the model under `name`. Every tensor of the file must find its place, and every
-    place its tensor; otherwise `DataError`."""
+    """Add the adapter in `folder` to the model under `name`. Every tensor of the file must find its
+    place, and every place its tensor; otherwise `DataError`.
+    """
     config = read_config(folder)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -142,7 +165,9 @@ def _method(config: Mapping[str, Any], tensors: Iterable[str]) -> Method:
     cls = READABLE[config["peft_type"]]
     targets = config["target_modules"]
     fields = {ours: config[theirs] for ours, theirs in cls.hf_fields.items() if theirs in config}
-    whole = config.get("modules_to_save") or ()  # peft lists heads of all names; a file has the model's own
+    whole = (
+        config.get("modules_to_save") or ()
+    )  # peft lists heads of all names; a file has the model's own
     return cls(
         **fields,
         target_modules=targets if isinstance(targets, str) else tuple(targets),
@@ -156,13 +181,22 @@ def _load_tensors(host: Host, name: str, tensors: Mapping[str, Tensor], path: Pa
     places = _tensors(host, name)
     missing, extra = sorted(places.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
     if missing or extra:
-        raise DataError(f"{path} does not fit this model: {_few('lacks', missing)}{_few('has unknown', extra)}")
+        raise DataError(
+            f"{path} does not fit this model: {_few('lacks', missing)}{_few('has unknown', extra)}"
+        )
     for key, place in places.items():
         if place.shape != tensors[key].shape:
-            raise DataError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, here {tuple(place.shape)}.")
+            raise DataError(
+                f"{path}: {key} has shape {tuple(tensors[key].shape)}, here {tuple(place.shape)}."
+            )
         place.copy_(tensors[key])
 
 
 def _few(what: str, names: Iterable[str]) -> str:
     names = list(names)
-    return f"it {what} {len(names)} tensors ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''}). " if names else ""
+    return (
+        f"it {what} {len(names)} tensors "
+        f"({', '.join(names[:2])}{', ...' if len(names) > 2 else ''}). "
+        if names
+        else ""
+    )

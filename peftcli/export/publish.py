@@ -1,11 +1,12 @@
-"""What a run leaves for others: the adapter (or, where the base itself was trained, the model) with its card."""
+"""What a run leaves for others: the adapter (or, where the base itself was trained, the model) with
+its card.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from peftcli.build import Parts
 from peftcli.core.host import Host
@@ -14,7 +15,9 @@ from peftcli.export import hf_peft
 
 
 def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
-    """Write the trained adapter, or the whole trained model, into `folder`, with tokenizer and card; returns its bytes."""
+    """Write the trained adapter, or the whole trained model, into `folder`, with tokenizer and
+    card; returns its bytes.
+    """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if parts.run.method.trains_base:
@@ -22,7 +25,9 @@ def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
         num_bytes = sum(p.stat().st_size for p in aside.glob("*.safetensors"))
     else:
         base = parts.run.model.name_or_path
-        num_bytes = hf_peft.save(parts.host, "default", aside, parts.task, base, parts.run.model.revision)
+        num_bytes = hf_peft.save(
+            parts.host, "default", aside, parts.task, base, parts.run.model.revision
+        )
         _save_tokenizer(parts, aside)
     (aside / "README.md").write_text(card(parts, metrics), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,12 +71,13 @@ def card(parts: Parts, metrics: Mapping[str, float]) -> str:
         else "PeftModel.from_pretrained(base, FOLDER)"
     )
     library = "transformers" if run.method.trains_base else "peft"
-    base_line = f"base_model: {run.model.name_or_path}\n" if ":" not in run.model.name_or_path else ""
+    base_line = (
+        f"base_model: {run.model.name_or_path}\n" if ":" not in run.model.name_or_path else ""
+    )
     return (
-        f"---\nlibrary_name: {library}\n{base_line}tags:\n- peftcli\n---\n\n"
-        f"# {run.name}\n\n"
-        f"{type(run.method).__name__} on {run.model.name_or_path}, data {run.dataset.path or 'mixture'}, seed {run.seed}."
-        f" {trained:,} of {total:,} parameters trained.\n\n"
-        f"| held-out metric | value |\n|---|---|\n{measured}\n\n"
-        f"Load with `{load}`, or `peft-train generate RUN_FOLDER`.\n"
+        f"---\nlibrary_name: {library}\n{base_line}tags:\n- peftcli\n---\n\n# "
+        f"{run.name}\n\n{type(run.method).__name__} on {run.model.name_or_path}, data "
+        f"{run.dataset.path or 'mixture'}, seed {run.seed}. {trained:,} of {total:,} parameters "
+        f"trained.\n\n| held-out metric | value |\n|---|---|\n{measured}\n\nLoad with `{load}`, or "
+        "`peft-train generate RUN_FOLDER`.\n"
     )

@@ -1,8 +1,9 @@
 """y = W x + b + s B A x for a frozen W, as one autograd node that saves little.
 
-Beside `x`, which the frozen product's neighbours keep alive anyway, only the (T, R) activations A x are saved; the
-low-rank product is added into the frozen one in place. The masters A and B may be float32 while the products run in
-the type of `x` (or autocast's): they are cast on the way in, and their gradients leave in float32.
+Beside `x`, which the frozen product's neighbours keep alive anyway, only the (T, R) activations A x
+are saved; the low-rank product is added into the frozen one in place. The masters A and B may be
+float32 while the products run in the type of `x` (or autocast's): they are cast on the way in, and
+their gradients leave in float32.
 """
 
 from __future__ import annotations
@@ -15,17 +16,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def lora_linear_ref(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def lora_linear_ref(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
     """The equation in plain torch. x (..., I), W (O, I), b (O,), A (R, I), B (O, R) -> (..., O)."""
     return F.linear(x, W, b) + scale * F.linear(F.linear(x, A), B)
 
 
-def lora_linear(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W x + b + scale * B A x. x (..., I), W (O, I) frozen, b (O,) frozen, A (R, I), B (O, R) -> (..., O)."""
+def lora_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """W x + b + scale * B A x. x (..., I), W (O, I) frozen, b (O,) frozen, A (R, I), B (O, R) ->
+    (..., O).
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        return _LoRALinear.apply(x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), A, B, scale)
+        return _LoRALinear.apply(
+            x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), A, B, scale
+        )
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -1,1 +1,1 @@
-"""One file a method, named as its paper names it: the equation (a Delta) and the recipe (a Method)."""
+"""One file a method, named as in its paper: the equation (a Delta) and the recipe (a Method)."""

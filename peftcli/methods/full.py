@@ -2,8 +2,8 @@
 
     theta' = theta - lr * update        for all theta but those that `freeze` names
 
-Weights stay float32 while products may run in bfloat16: lr times update lies below half a unit in the last place of a
-bfloat16 weight, and would be lost.
+Weights stay float32 while products may run in bfloat16: lr times update lies below half a unit in
+the last place of a bfloat16 weight, and would be lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Full(Method):
     def setup(self, host: Host, batches: Iterable[Mapping[str, Any]] = ()) -> None:
         """Select every parameter that nothing freezes; tied tensors once."""
         frozen = self._frozen(host)
-        names = [n for n, p in host.model.named_parameters() if p not in frozen and ".deltas." not in n]
+        names = [
+            n for n, p in host.model.named_parameters() if p not in frozen and ".deltas." not in n
+        ]
         host.matched[host.building] = {"all weights": len(names)}
         host.select(names)
 
@@ -44,7 +46,9 @@ class Full(Method):
         for pattern in self.freeze:
             matched = {p for n, p in named.items() if re.search(pattern, n)}
             if not matched:
-                raise ConfigError(f"method.freeze: {pattern!r} is found in no parameter's name of this model.")
+                raise ConfigError(
+                    f"method.freeze: {pattern!r} is found in no parameter's name of this model."
+                )
             frozen |= matched
         if not self.train_embeddings:
             frozen |= {p for m in (host.model.get_input_embeddings(),) for p in m.parameters()}

@@ -2,14 +2,17 @@
 
     y = W x + b + s B A x        A (R, I), B (O, R), W frozen, s = alpha / r
 
-The update that fine-tuning makes has a low intrinsic rank, so two thin factors suffice, and they fold into W afterwards.
+The update that fine-tuning makes has a low intrinsic rank, so two thin factors suffice, and they
+fold into W afterwards.
 
-Variants: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(r), which keeps the size of the update constant
-as r grows. LoRA+ (Hayou et al., ICML 2024, arXiv 2402.12354): B learns `lr_ratio` times faster than A. PiSSA (Meng et al.,
-NeurIPS 2024, arXiv 2404.02948) and OLoRA (Buyukakyuz 2024, arXiv 2406.01775) start from the principal part of W.
+Variants: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(r), which keeps the size
+of the update constant as r grows. LoRA+ (Hayou et al., ICML 2024, arXiv 2402.12354): B learns
+`lr_ratio` times faster than A. PiSSA (Meng et al., NeurIPS 2024, arXiv 2404.02948) and OLoRA
+(Buyukakyuz 2024, arXiv 2406.01775) start from the principal part of W.
 
-PiSSA's and OLoRA's papers subtract s B0 A0 from W. Here W is never written: the delta is s (B A - B0 A0) with the start
-kept in buffers. This is the same function, and the base stays the original under every switch, merge and export.
+PiSSA's and OLoRA's papers subtract s B0 A0 from W. Here W is never written: the delta is s (B A -
+B0 A0) with the start kept in buffers. This is the same function, and the base stays the original
+under every switch, merge and export.
 """
 
 from __future__ import annotations
@@ -40,15 +43,22 @@ if TYPE_CHECKING:
 
 
 class LoRADelta(WeightDelta):
-    """dW = s B A  (Hu et al. 2022, eq. 3); with a start (B0, A0) that W contains already, dW = s (B A - B0 A0)."""
+    """dW = s B A  (Hu et al. 2022, eq. 3); with a start (B0, A0) that W contains already, dW = s (B
+    A - B0 A0).
+    """
 
     def __init__(self, site: Site, r: int, scale: float, dropout: float = 0.0) -> None:
         super().__init__()
         if r % site.groups:
-            raise ConfigError(f"method.r={r} at {site.path}: must be divisible by the convolution's {site.groups} groups.")
+            raise ConfigError(
+                f"method.r={r} at {site.path}: must be divisible by the convolution's "
+                f"{site.groups} groups."
+            )
         self.scale, self.groups, self.dropout = scale, site.groups, dropout
         self.A = nn.Parameter(torch.empty(r, site.d_in))  # (R, I)
-        self.B = nn.Parameter(torch.zeros(site.d_out, r // site.groups))  # (O, R/groups), zero so dW = 0 at start
+        self.B = nn.Parameter(
+            torch.zeros(site.d_out, r // site.groups)
+        )  # (O, R/groups), zero so dW = 0 at start
         self.register_buffer("A0", None)  # (R, I), where the start is a part of W
         self.register_buffer("B0", None)  # (O, R)
 
@@ -59,7 +69,7 @@ class LoRADelta(WeightDelta):
         self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) of the whole change: [A; A0] and [B, -B0] where there is a start, of rank 2r then."""
+        """(A, B) of the whole change: [A; A0] and [B, -B0] where there is a start."""
         if self.A0 is None:
             return self.A, self.B
         return torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1)
@@ -67,7 +77,9 @@ class LoRADelta(WeightDelta):
     def delta(self, W: Tensor) -> Tensor:
         """s B A, block by block for a grouped convolution."""
         A, B = self.factors()
-        blocks = B.view(self.groups, -1, B.shape[1]) @ A.view(self.groups, -1, A.shape[1])  # (G, O/G, I)
+        blocks = B.view(self.groups, -1, B.shape[1]) @ A.view(
+            self.groups, -1, A.shape[1]
+        )  # (G, O/G, I)
         return self.scale * blocks.reshape(W.shape)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
@@ -85,7 +97,9 @@ class LoRADelta(WeightDelta):
 
 
 def _default(delta: LoRADelta, site: Site, r: int) -> None:
-    """A uniform in +-1/sqrt(I), B = 0; an embedding has A = 0, B normal, since one-hot inputs pick columns of A."""
+    """A uniform in +-1/sqrt(I), B = 0; an embedding has A = 0, B normal, since one-hot inputs pick
+    columns of A.
+    """
     if site.kind == "embedding":
         nn.init.zeros_(delta.A), nn.init.normal_(delta.B)
     else:
@@ -93,12 +107,16 @@ def _default(delta: LoRADelta, site: Site, r: int) -> None:
 
 
 def _gaussian(delta: LoRADelta, site: Site, r: int) -> None:
-    """A normal with deviation 1/r, B = 0 (the paper's text; its code and the default take the uniform)."""
+    """A normal with deviation 1/r, B = 0 (the paper's text; its code and the default take the
+    uniform).
+    """
     nn.init.normal_(delta.A, std=1 / r)
 
 
 def _pissa(delta: LoRADelta, site: Site, r: int, niter: int | None = None) -> None:
-    """W = U S V': B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r'; `niter` power iterations of a randomised SVD instead."""
+    """W = U S V': B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r'; `niter` power iterations of a
+    randomised SVD instead.
+    """
     W = _weight_for_factors(site, r)
     if niter is None:
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -118,8 +136,9 @@ def _olora(delta: LoRADelta, site: Site, r: int) -> None:
 def _weight_for_factors(site: Site, r: int) -> Tensor:
     if site.groups > 1 or r > min(site.d_in, site.d_out):
         raise ConfigError(
-            f"method.init needs r <= min(d_in, d_out) = {min(site.d_in, site.d_out)} and no convolution groups"
-            f" at {site.path} (r={r}, groups={site.groups}). Lower method.r, or take method.init=default."
+            f"method.init needs r <= min(d_in, d_out) = {min(site.d_in, site.d_out)} and no "
+            f"convolution groups at {site.path} (r={r}, groups={site.groups}). Lower method.r, or "
+            "take method.init=default."
         )
     return site.weight.float()
 
@@ -154,7 +173,9 @@ class LoRA(Method):
     use_rslora: bool = False
     rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
     alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
-    init: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "default"
+    init: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = (
+        "default"
+    )
     lr_ratio: Annotated[float, Gt(0)] | None = None
     embedding_lr: Annotated[float, Gt(0)] = 1e-6
 
@@ -175,7 +196,9 @@ class LoRA(Method):
         return delta
 
     def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """With `lr_ratio`, the four groups of LoRA+: A and other matrices; B; vectors; factors of embeddings."""
+        """With `lr_ratio`, the four groups of LoRA+: A and other matrices; B; vectors; factors of
+        embeddings.
+        """
         if self.lr_ratio is None:
             return super().param_groups(host, lr, weight_decay)
         mine = [(site, delta) for name in host.adapters for site, delta in host.deltas(name)]
@@ -186,7 +209,11 @@ class LoRA(Method):
         fast = lr * self.lr_ratio
         groups = [
             {"params": [p for p in rest if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-            {"params": [d.B for _, d in pairs if d.B in B], "lr": fast, "weight_decay": weight_decay},
+            {
+                "params": [d.B for _, d in pairs if d.B in B],
+                "lr": fast,
+                "weight_decay": weight_decay,
+            },
             {"params": [p for p in rest if p.ndim < 2], "lr": fast, "weight_decay": 0.0},
             {
                 "params": [p for p in host.trained().values() if p in embedding],
@@ -196,18 +223,21 @@ class LoRA(Method):
         ]
         return [g for g in groups if g["params"]]
 
-    # -- Hugging Face peft ---------------------------------------------------------------------------------------------
+    # -- Hugging Face peft -------------------------------------------------------------------------
     def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
         """(A, B) of the module's whole change as peft stores them; a convolution's are kernels."""
         A, B, _ = _whole(delta)
         if isinstance(module, nn.Embedding):
             return {"lora_embedding_A": A, "lora_embedding_B": B}
         if weights.kind_of(module) == "conv":
-            A, B = A.view(A.shape[0], -1, *module.kernel_size), B.view(*B.shape, *[1] * len(module.kernel_size))
+            A, B = (
+                A.view(A.shape[0], -1, *module.kernel_size),
+                B.view(*B.shape, *[1] * len(module.kernel_size)),
+            )
         return {"lora_A.weight": A, "lora_B.weight": B}
 
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:
-        """Rank and alpha of every module as exported: fused roles and starts raise a module's rank."""
+        """Rank and alpha of every module as exported: fused roles and starts raise ranks."""
         paths = dict.fromkeys(site.path for site in host.sites[name])
         modules = {path: host.model.get_submodule(path) for path in paths}
         ranks, alphas = {}, {}
@@ -233,7 +263,9 @@ class LoRA(Method):
 
 
 def _whole(delta: Delta) -> tuple[Tensor, Tensor, float]:
-    """(A, B, s) of a module's whole change. The roles of a fused linear become one pair: B is zero on other rows."""
+    """(A, B, s) of a module's whole change. The roles of a fused linear become one pair: B is zero
+    on other rows.
+    """
     if isinstance(delta, LoRADelta):
         return *delta.factors(), delta.scale
     assert isinstance(delta, RowsDelta), type(delta)

@@ -1,8 +1,10 @@
-"""Packed rows through transformers' attention registry: one sdpa call a segment, and no mask of the whole row.
+"""Packed rows through transformers' attention registry: one sdpa call a segment, and no mask of the
+whole row.
 
-A row is a sequence of segments. A segment sees itself, causally, and before that the whole of its prefix: another
-segment, which several may share (a system prompt, or the prompt of several answers). Boundaries travel as the keyword
-`segments` from the model's call to every attention layer.
+A row is a sequence of segments. A segment sees itself, causally, and before that the whole of its
+prefix: another segment, which several may share (a system prompt, or the prompt of several
+answers). Boundaries travel as the keyword `segments` from the model's call to every attention
+layer.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ NAME = "peftcli_packed"
 
 
 class Segment(NamedTuple):
-    """Tokens [start, stop) of a row, which see [prefix_start, prefix_stop) too, the whole of another segment.
+    """Tokens [start, stop) of a row, which see [prefix_start, prefix_stop) too, the whole of
+    another segment.
 
     The segments of a row follow one another without gaps.
     """
@@ -40,10 +43,13 @@ def packed_attention(
     segments: tuple[Segment, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row (1, H, T, D), segment by segment; stock sdpa where no `segments` are given."""
+    """Attention of a packed row (1, H, T, D), segment by segment; stock sdpa where no `segments`
+    are given.
+    """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    assert query.shape[0] == 1 and query.shape[2] == key.shape[2], "a packed row stands alone and has no cache"
+    assert query.shape[0] == 1, "a packed row stands alone"
+    assert query.shape[2] == key.shape[2], "a packed row has no cache"
     assert attention_mask is None, "a packed row takes no mask"
     # split, not slices: the backward pass of a slice fills a whole row with zeros
     lengths = [segment.stop - segment.start for segment in segments]
@@ -69,19 +75,23 @@ def _behind_prefix(P: int, T: int, device: torch.device) -> Tensor:
 def packed_mask(
     *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """No mask for rows without padding: plain ones run causally, packed ones segment by segment. Else transformers' own."""
+    """No mask for rows without padding: plain ones run causally, packed ones segment by segment.
+    Else transformers' own.
+    """
     if attention_mask is None and local_size is None and kwargs["q_length"] == kwargs["kv_length"]:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, local_size=local_size, **kwargs)
 
 
-# Both: a name without a mask function gets no mask at all, and padding is ignored without a warning.
+# Both: a name without a mask function gets no mask at all, and padding is ignored silently.
 AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, packed_mask)
 
 
 def use_packed_attention(model: nn.Module) -> None:
-    """Send every attention layer of the model through the registry; copies of the config too (T5 has three)."""
+    """Send every attention layer of the model through the registry; copies of the config too (T5
+    has three).
+    """
     for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":
@@ -90,9 +100,11 @@ def use_packed_attention(model: nn.Module) -> None:
 
 @torch.no_grad()
 def can_pack(model: nn.Module, max_length: int) -> str | None:
-    """Why packed rows would be wrong for this model, or None where they give the logits of the rows apart.
+    """Why packed rows would be wrong for this model, or None where they give the logits of the rows
+    apart.
 
-    Tried on the model itself: two short rows, apart and packed. The attention must go through the registry.
+    Tried on the model itself: two short rows, apart and packed. The attention must go through the
+    registry.
     """
     config = model.config
     window = getattr(config, "sliding_window", None)
@@ -112,12 +124,18 @@ def _probe(model: nn.Module) -> str | None:
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(9, device=device)[None] % model.config.get_text_config().vocab_size
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)
-    call = {"position_ids": position, "segments": (Segment(0, 4), Segment(4, 9)), "use_cache": False}
+    call = {
+        "position_ids": position,
+        "segments": (Segment(0, 4), Segment(4, 9)),
+        "use_cache": False,
+    }
     try:
         packed = model(input_ids=ids, **call).logits
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         return f"its forward refuses packed rows ({type(e).__name__})"
-    apart = torch.cat([model(input_ids=part, use_cache=False).logits for part in ids.split([4, 5], 1)], 1)
+    apart = torch.cat(
+        [model(input_ids=part, use_cache=False).logits for part in ids.split([4, 5], 1)], 1
+    )
     error = (packed - apart).abs().max() / apart.abs().max().clamp_min(1e-6)
     tolerance = 5e-2 if packed.dtype == torch.bfloat16 else 1e-4
     return None if error <= tolerance else f"packed rows change its logits by {error:.1e}"

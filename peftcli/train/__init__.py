@@ -1,1 +1,3 @@
-"""The training loop and what it stands on: streams of randomness, objectives, metrics, checkpoints, logs."""
+"""The training loop and what it stands on: streams of randomness, objectives, metrics, checkpoints,
+logs.
+"""

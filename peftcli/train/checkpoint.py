@@ -1,10 +1,13 @@
-"""Checkpoints that survive anything: written aside, fsynced, described by a manifest, renamed, then pointed to.
+"""Checkpoints that survive anything: written aside, fsynced, described by a manifest, renamed, then
+pointed to.
 
-    checkpoints/step-000200/  trained.safetensors  optimizer.safetensors  random.safetensors  state.json  manifest.json
+    checkpoints/step-000200/  trained.safetensors  optimizer.safetensors  random.safetensors
+                              state.json  manifest.json
     checkpoints/latest        the newest one's name
 
-`trained` is `Host.state()`, `optimizer` the state of each trained parameter under `name::key`, `state` everything else.
-Nothing is pickled. A checkpoint is trusted only when its manifest fits its files, byte for byte.
+`trained` is `Host.state()`, `optimizer` the state of each trained parameter under `name::key`,
+`state` everything else. Nothing is pickled. A checkpoint is trusted only when its manifest fits its
+files, byte for byte.
 """
 
 from __future__ import annotations
@@ -41,9 +44,12 @@ class Parts:
     scheduler: LRScheduler
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
-def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], limit: int, keep: set[int]) -> Path:
-    """Write `folder`/step-NNNNNN and point to it; then remove all but the newest `limit` and the steps in `keep`.
+# -- writing ---------------------------------------------------------------------------------------
+def save(
+    folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], limit: int, keep: set[int]
+) -> Path:
+    """Write `folder`/step-NNNNNN and point to it; then remove all but the newest `limit` and the
+    steps in `keep`.
 
     Raises `DataError` where the folder cannot be written; what was there before stays.
     """
@@ -54,7 +60,9 @@ def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], lim
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         _write_files(aside, parts, progress)
-        _write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": _digests(aside)})
+        _write_json(
+            aside / "manifest.json", {"format": FORMAT, "step": step, "files": _digests(aside)}
+        )
         _sync(aside)
         if target.exists():
             shutil.rmtree(target)
@@ -64,7 +72,10 @@ def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], lim
         _point(folder, target.name)
     except OSError as e:
         shutil.rmtree(aside, ignore_errors=True)
-        raise DataError(f"cannot write the checkpoint {target}: {e.strerror or e}. Earlier checkpoints are intact.") from e
+        raise DataError(
+            f"cannot write the checkpoint {target}: {e.strerror or e}. Earlier checkpoints are "
+            "intact."
+        ) from e
     _rotate(folder, limit, keep | {step})
     return target
 
@@ -74,7 +85,9 @@ def _write_files(aside: Path, parts: Parts, progress: Mapping[str, Any]) -> None
     random = streams.state()
     _save_tensors(aside / "trained.safetensors", parts.host.state())
     _save_tensors(aside / "optimizer.safetensors", tensors)
-    _save_tensors(aside / "random.safetensors", {f"torch{i}": t for i, t in enumerate(random["torch"])})
+    _save_tensors(
+        aside / "random.safetensors", {f"torch{i}": t for i, t in enumerate(random["torch"])}
+    )
     state = {
         "progress": progress,
         "optimizer": rest,
@@ -104,7 +117,10 @@ def _optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for key, value in parts.optimizer.state.get(p, {}).items():
                 where = tensors if isinstance(value, Tensor) else plain
                 where[f"{names[id(p)]}::{key}"] = value
-    groups = [{k: v for k, v in g.items() if k != "params" and _is_plain(v)} for g in parts.optimizer.param_groups]
+    groups = [
+        {k: v for k, v in g.items() if k != "params" and _is_plain(v)}
+        for g in parts.optimizer.param_groups
+    ]
     return tensors, {"state": plain, "groups": groups}
 
 
@@ -151,7 +167,10 @@ def _compare(target: Path, parts: Parts) -> None:
         for name, tensor in live.items():
             read = f.get_tensor(name)
             if not torch.equal(read, tensor.cpu()) and not torch.isnan(read).any():
-                raise DataError(f"{target}: {name} reads back differently from what was written. Is the disk sound?")
+                raise DataError(
+                    f"{target}: {name} reads back differently from what was written. Is the disk "
+                    "sound?"
+                )
 
 
 def _rotate(folder: Path, limit: int, keep: set[int]) -> None:
@@ -162,7 +181,7 @@ def _rotate(folder: Path, limit: int, keep: set[int]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# -- reading -----------------------------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -174,7 +193,9 @@ def _by_step(folder: Path) -> list[Path]:
 
 
 def problem(path: Path) -> str | None:
-    """What is wrong with the checkpoint, or None: every file is there with the size and hash of the manifest."""
+    """What is wrong with the checkpoint, or None: every file is there with the size and hash of the
+    manifest.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -207,14 +228,16 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         skipped.append(f"{path.name}: {trouble}")
     if skipped:
         raise DataError(
-            f"no checkpoint in {folder} can be trusted: {'; '.join(skipped)}."
-            " Start anew with resume=never (what is there is kept aside), or choose another run_dir."
+            f"no checkpoint in {folder} can be trusted: {'; '.join(skipped)}. Start anew with "
+            "resume=never (what is there is kept aside), or choose another run_dir."
         )
     return None, skipped
 
 
 def load(path: Path, parts: Parts) -> dict[str, Any]:
-    """Restore everything that `save` wrote, and return the progress. The caller has verified the checkpoint."""
+    """Restore everything that `save` wrote, and return the progress. The caller has verified the
+    checkpoint.
+    """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         parts.host.load_state(load_file(path / "trained.safetensors"))

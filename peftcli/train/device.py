@@ -1,4 +1,4 @@
-"""The device of this process: what it is, what it multiplies fast, how much memory it has and took."""
+"""The device of this process: what it is, what it multiplies fast, what memory it has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ def pick() -> torch.device:
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 products run in hardware; where they are emulated they are slower than float32."""
+    """Whether bfloat16 products run in hardware; where they are emulated they are slower than
+    float32.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -26,7 +28,8 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    return f"CPU, {torch.get_num_threads()} threads, {'bfloat16 in hardware' if multiplies_bf16(device) else 'float32'}"
+    fast = "bfloat16 in hardware" if multiplies_bf16(device) else "no bfloat16 in hardware"
+    return f"CPU, {torch.get_num_threads()} threads, {fast}"
 
 
 def peak_memory(device: torch.device) -> int:

@@ -28,31 +28,48 @@ class Estimate:
 
 
 def estimate(
-    host: Host, where: torch.device, dtype: torch.dtype, step_tokens: int, row_tokens: int, steps: int, checkpointing: bool
+    host: Host,
+    where: torch.device,
+    dtype: torch.dtype,
+    step_tokens: int,
+    row_tokens: int,
+    steps: int,
+    checkpointing: bool,
 ) -> Estimate:
-    """For `steps` optimizer steps of `step_tokens` tokens, `row_tokens` of them in one forward pass."""
+    """For `steps` optimizer steps of `step_tokens` tokens, `row_tokens` of them in one forward
+    pass.
+    """
     trained = sum(p.numel() for p in host.trained().values())
     weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
     active = _matrix_parameters(host.model)
-    flops = (4 * active + 2 * trained * (1 if active == 0 else 1)) * step_tokens * (4 / 3 if checkpointing else 1)
+    flops = (4 * active + 2 * trained) * step_tokens * (4 / 3 if checkpointing else 1)
     rate = device.flops_per_second(where, dtype)
     return Estimate(
         weights=weights,
         trained=trained * (4 + 8),
         activations=_activation_bytes(host.model, dtype, checkpointing) * row_tokens,
         checkpoint=trained * 12,
-        seconds=steps * flops / rate * 1.3,  # what is not a matrix product, measured at a quarter to a third
+        seconds=steps
+        * flops
+        / rate
+        * 1.3,  # what is not a matrix product, measured at a quarter to a third
     )
 
 
 def _matrix_parameters(model: nn.Module) -> int:
     """Weights that every token is multiplied by: matrices, without embedding tables."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    return sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and id(p) not in tables and ".deltas." not in n)
+    return sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and id(p) not in tables and ".deltas." not in n
+    )
 
 
 def _activation_bytes(model: nn.Module, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Bytes that a token leaves for the backward pass: inputs of products, gates, norms; one row a block when recomputed."""
+    """Bytes that a token leaves for the backward pass: inputs of products, gates, norms; one row a
+    block when recomputed.
+    """
     config = model.config
     width = getattr(config, "hidden_size", None) or getattr(config, "d_model", 512)
     layers = getattr(config, "num_hidden_layers", None) or getattr(config, "num_layers", 12)

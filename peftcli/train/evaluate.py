@@ -1,4 +1,6 @@
-"""Evaluation on held-out examples: loss and perplexity, answer choices, labels, ratings, and free answers."""
+"""Evaluation on held-out examples: loss and perplexity, answer choices, labels, ratings, and free
+answers.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,11 @@ def evaluate(
     num_classes: int | None = None,
     tick: Tick = lambda n: None,
 ) -> dict[str, float]:
-    """Metrics over all examples, in batches of similar length; `tick` is told how many examples a batch had.
+    """Metrics over all examples, in batches of similar length; `tick` is told how many examples a
+    batch had.
 
-    The model is in evaluation mode meanwhile, and in the mode it was in afterwards. Scores do not depend on the
-    batch size: padding is masked, and packed rows see only themselves.
+    The model is in evaluation mode meanwhile, and in the mode it was in afterwards. Scores do not
+    depend on the batch size: padding is masked, and packed rows see only themselves.
     """
     was_training, device = model.training, next(model.parameters()).device
     metrics = Metrics(task, num_classes)
@@ -62,7 +65,9 @@ def answer_freely(
     encoder_decoder: bool,
     tick: Tick = lambda n: None,
 ) -> dict[str, float]:
-    """Greedy answers to the prompts: `exact_match` with the right completion, and the share that `stopped` by themselves."""
+    """Greedy answers to the prompts: `exact_match` with the right completion, and the share that
+    `stopped` by themselves.
+    """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     matched = stopped = 0
@@ -97,5 +102,3 @@ def prompt_and_answer(example: Any, encoder_decoder: bool) -> tuple[np.ndarray, 
 
 def _text(tokenizer: Any, ids: Any) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-

@@ -18,7 +18,9 @@ KEPT = (".hydra", ".lock", "previous")
 
 
 class RunFolder:
-    """Paths of a run folder: config.yaml, train.log, metrics.jsonl, result.json, adapter/, checkpoints/."""
+    """Paths of a run folder: config.yaml, train.log, metrics.jsonl, result.json, adapter/,
+    checkpoints/.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,9 +36,11 @@ class RunFolder:
         """Hold the folder for this process; a second one is refused while the first lives."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "a+")  # noqa: SIM115 - held for the length of the run
+            handle = open(self.path / ".lock", "a+")
         except OSError as e:
-            raise ConfigError(f"run_dir={self.path}: cannot be written ({e.strerror}). Choose another run_dir.") from None
+            raise ConfigError(
+                f"run_dir={self.path}: cannot be written ({e.strerror}). Choose another run_dir."
+            ) from None
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,13 +56,17 @@ class RunFolder:
             yield
 
     def set_aside(self) -> Path | None:
-        """Move an earlier run's files into previous/N/, so that nothing is lost; None where there is nothing."""
+        """Move an earlier run's files into previous/N/, so that nothing is lost; None where there
+        is nothing.
+        """
         earlier = [p for p in self.path.iterdir() if p.name not in KEPT and p.name != "config.yaml"]
         if not earlier:
             return None
         shelf = self.path / "previous"
         shelf.mkdir(exist_ok=True)
-        target = shelf / str(1 + max((int(p.name) for p in shelf.iterdir() if p.name.isdigit()), default=0))
+        target = shelf / str(
+            1 + max((int(p.name) for p in shelf.iterdir() if p.name.isdigit()), default=0)
+        )
         target.mkdir()
         for path in earlier:
             path.rename(target / path.name)
@@ -93,7 +101,9 @@ class MetricsLog:
         if not self.path.exists():
             return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n") and line.strip()]  # a torn last line is dropped
+        return [
+            line for line in lines if line.endswith("\n") and line.strip()
+        ]  # a torn last line is dropped
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record."""
@@ -103,7 +113,9 @@ class MetricsLog:
         except OSError as e:
             raise DataError(f"cannot write {self.path}: {e.strerror}") from e
         numbers = {**record, **record.get("wall", {})}
-        self.sink.write(record["step"], {k: v for k, v in numbers.items() if isinstance(v, int | float)})
+        self.sink.write(
+            record["step"], {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        )
 
     def close(self) -> None:
         """End the logger."""

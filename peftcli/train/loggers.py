@@ -1,4 +1,6 @@
-"""Where metrics go besides metrics.jsonl: tensorboard or wandb, both without a network unless asked for."""
+"""Where metrics go besides metrics.jsonl: tensorboard or wandb, both without a network unless asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ConfigError("logger=tensorboard needs the package: pip install tensorboard") from None
+            raise ConfigError(
+                "logger=tensorboard needs the package: pip install tensorboard"
+            ) from None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -58,7 +62,9 @@ class TensorBoard:
 class Wandb:
     """A wandb run whose id comes from the run folder, so that a resumed run goes on in it."""
 
-    def __init__(self, settings: Logger, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, settings: Logger, folder: Path, name: str, config: Mapping[str, Any]
+    ) -> None:
         try:
             import wandb
         except ImportError:

@@ -1,8 +1,9 @@
-"""The loop: the life cycle of `peftcli.core.method`, and the promises about numbers and interruptions.
+"""The loop: the life cycle of `peftcli.core.method`, and the promises about numbers and
+interruptions.
 
-The loss of a step is the sum over its targets divided by their number over all micro-batches, so that batch 8 x 1 equals
-1 x 8. Between two batches a signal may end the run, with a checkpoint that continues bit for bit. Numbers that are not
-finite never reach the weights.
+The loss of a step is the sum over its targets divided by their number over all micro-batches, so
+that batch 8 x 1 equals 1 x 8. Between two batches a signal may end the run, with a checkpoint that
+continues bit for bit. Numbers that are not finite never reach the weights.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
 
     def fit(self) -> Progress:
-        """Train to the last step, evaluating and saving on the way. Raises `Stopped` after a signal, saved."""
+        """Train to the last step, evaluating and saving on the way. Raises `Stopped` after a
+        signal, saved.
+        """
         order, epoch = torch.empty(0), -1
         self.log = self.open_log(self.progress.step)
         self.host.model.train()
@@ -126,7 +129,8 @@ class Loop:
         except StopRequested as request:
             path = self.save()
             raise Stopped(
-                f"stopped by {request} after step {self.progress.step} of {self.plan.total}; saved in {path}"
+                f"stopped by {request} after step {self.progress.step} of {self.plan.total}; saved "
+                f"in {path}"
             ) from None
         finally:
             self.log.close()
@@ -140,12 +144,16 @@ class Loop:
         keep = {self.progress.best["step"]} if self.progress.best else set()
         limit = self.settings.save_total_limit
         progress = asdict(self.progress)
-        return checkpoint.save(self.folder.checkpoints, self.progress.step, self._parts(), progress, limit, keep)
+        return checkpoint.save(
+            self.folder.checkpoints, self.progress.step, self._parts(), progress, limit, keep
+        )
 
-    # -- one step ------------------------------------------------------------------------------------------------------
+    # -- one step ----------------------------------------------------------------------------------
     def _step(self, examples: list[Example]) -> None:
         start = time.perf_counter()
-        t = Step(self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch)
+        t = Step(
+            self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch
+        )
         size = self.settings.per_device_train_batch_size
         batches = [self.collate(examples[i : i + size]) for i in range(0, len(examples), size)]
         self.method.before_step(self.host, t)
@@ -170,7 +178,9 @@ class Loop:
         self._record(batches, loss, norm, lr, tokens, seconds)
 
     def _forward_backward(self, batches: list[Batch]) -> float:
-        """Accumulate the gradients of the mean loss over all targets of the step; returns that mean."""
+        """Accumulate the gradients of the mean loss over all targets of the step; returns that
+        mean.
+        """
         where = next(self.host.model.parameters()).device
         num_targets = sum(b.num_targets for b in batches)
         total = 0.0
@@ -194,9 +204,10 @@ class Loop:
         self.screen.note(f"step {step}: loss {loss}, gradient norm {norm}; the step was not taken")
         if self.progress.nonfinite >= self.settings.nonfinite_patience:
             raise NonFinite(
-                f"loss or gradients were not finite {self.progress.nonfinite} steps in a row (step {step}: loss {loss},"
-                f" gradient norm {norm}). The weights are those before. Lower optimizer.lr, set trainer.bf16=false, or"
-                f" look at the examples in {self.folder.path}/nonfinite-*.json."
+                f"loss or gradients were not finite {self.progress.nonfinite} steps in a row (step "
+                f"{step}: loss {loss}, gradient norm {norm}). The weights are those before. Lower "
+                "optimizer.lr, set trainer.bf16=false, or look at the examples in "
+                f"{self.folder.path}/nonfinite-*.json."
             )
 
     def _record(
@@ -227,7 +238,7 @@ class Loop:
             self.optimizer.state.pop(parameter, None)
         self.host.reset_requests.clear()
 
-    # -- evaluation and checkpoints ------------------------------------------------------------------------------------
+    # -- evaluation and checkpoints ----------------------------------------------------------------
     def _evaluate_if_due(self) -> None:
         step, every = self.progress.step, self.settings.eval_steps
         at_edge = step == self.plan.total or (step == 0 and self.settings.eval_on_start)
@@ -247,7 +258,10 @@ class Loop:
     def _keep_if_best(self, values: dict[str, float]) -> None:
         name = metrics.choose_best(self.settings.metric_for_best, self.task, values)
         if name not in values:
-            raise ConfigError(f"trainer.metric_for_best={name}: the evaluation gave no such metric, only {sorted(values)}.")
+            raise ConfigError(
+                f"trainer.metric_for_best={name}: the evaluation gave no such metric, only "
+                f"{sorted(values)}."
+            )
         best = self.progress.best
         if not best or metrics.is_better(name, values[name], best["value"]):
             self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
@@ -257,13 +271,19 @@ class Loop:
     def _save_if_due(self) -> None:
         step, every = self.progress.step, self.settings.save_steps
         at_end = step == self.plan.total
-        if step and (at_end or (every is not None and step % every == 0)) and self._newer_than_saved():
+        if (
+            step
+            and (at_end or (every is not None and step % every == 0))
+            and self._newer_than_saved()
+        ):
             self.save()
 
     def _newer_than_saved(self) -> bool:
-        return not (self.folder.checkpoints / f"step-{self.progress.step:06d}" / "manifest.json").exists()
+        return not (
+            self.folder.checkpoints / f"step-{self.progress.step:06d}" / "manifest.json"
+        ).exists()
 
-    # -- small pieces --------------------------------------------------------------------------------------------------
+    # -- small pieces ------------------------------------------------------------------------------
     def _order(self, epoch: int) -> Tensor:
         lengths = self.lengths if self.group_by_length else None
         size = self.settings.per_device_train_batch_size

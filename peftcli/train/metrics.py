@@ -1,4 +1,6 @@
-"""Metrics of an evaluation, gathered batch by batch so that no logits are kept; torchmetrics computes them."""
+"""Metrics of an evaluation, gathered batch by batch so that no logits are kept; torchmetrics
+computes them.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,11 @@ def _streams(task: Task, num_classes: int | None) -> dict[str, Any]:
 
 
 def _classification(num_classes: int) -> dict[str, Any]:
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassMatthewsCorrCoef
+    from torchmetrics.classification import (
+        MulticlassAccuracy,
+        MulticlassF1Score,
+        MulticlassMatthewsCorrCoef,
+    )
 
     return {
         "accuracy": MulticlassAccuracy(num_classes, average="micro"),

@@ -1,4 +1,6 @@
-"""From a batch to its loss: the sum over targets, and how many there are. The mean is the loop's, over all that a step sees."""
+"""From a batch to its loss: the sum over targets, and how many there are. The mean is the loop's,
+over all that a step sees.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from peftcli.settings import Task
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits that answer for the batch's targets: (N, V) for tokens, (B, classes), or (B,) ratings."""
+    """The logits that answer for the batch's targets: (N, V) for tokens, (B, classes), or (B,)
+    ratings.
+    """
     logits = model(**batch.inputs).logits
     if batch.select is not None:
         return logits[batch.select]
@@ -36,4 +40,8 @@ def loss_sum(task: Task, model: nn.Module, batch: Batch) -> Tensor:
 
 def describe(task: Task) -> dict[str, Any]:
     """What the numbers mean, for the record."""
-    return {"loss": "mean squared error" if task == "regression" else "mean cross entropy, nats per target"}
+    return {
+        "loss": "mean squared error"
+        if task == "regression"
+        else "mean cross entropy, nats per target"
+    }

@@ -9,7 +9,6 @@ import math
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
 
 from peftcli.core.host import Host
 from peftcli.core.method import Method
@@ -19,12 +18,19 @@ from peftcli.settings import Scheduler
 
 
 def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> Optimizer:
-    """The class that `settings.cls` names, over the method's parameter groups; fused where torch has that."""
+    """The class that `settings.cls` names, over the method's parameter groups; fused where torch
+    has that.
+    """
     module, _, name = settings.cls.rpartition(".")
     cls = getattr(importlib.import_module(module), name)
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.kwargs.items()}
     parameters = inspect.signature(cls).parameters
-    if "fused" in parameters and not kwargs.keys() & {"fused", "foreach", "capturable", "differentiable"}:
+    if "fused" in parameters and not kwargs.keys() & {
+        "fused",
+        "foreach",
+        "capturable",
+        "differentiable",
+    }:
         kwargs["fused"] = True
     groups = method.param_groups(host, settings.lr, settings.weight_decay)
     if not groups:
@@ -37,11 +43,15 @@ def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> O
 
 def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRScheduler:
     """The named schedule over `total` optimizer steps."""
+    from transformers import get_scheduler  # imports peft and bitsandbytes where they are: slow
+
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = math.ceil(settings.warmup_ratio * total)
     if warmup > total:
-        raise ConfigError(f"scheduler.warmup_steps={warmup} is more than the run's {total} optimizer steps.")
+        raise ConfigError(
+            f"scheduler.warmup_steps={warmup} is more than the run's {total} optimizer steps."
+        )
     try:
         return get_scheduler(
             settings.name,
@@ -51,7 +61,9 @@ def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRS
             scheduler_specific_kwargs=dict(settings.kwargs),
         )
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"scheduler.kwargs={dict(settings.kwargs)} do not fit {settings.name}: {e}") from None
+        raise ConfigError(
+            f"scheduler.kwargs={dict(settings.kwargs)} do not fit {settings.name}: {e}"
+        ) from None
 
 
 def clip(parameters: list[torch.nn.Parameter], max_norm: float | None) -> float:

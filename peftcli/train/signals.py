@@ -1,4 +1,6 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask the run to stop; it does so between two batches, with a checkpoint."""
+"""SIGTERM, SIGINT and SIGUSR1 ask the run to stop; it does so between two batches, with a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,22 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
 
 class Stopper:
-    """Remembers the first signal; a second SIGINT ends the process at once, which harms nothing that is on disk."""
+    """Remembers the first signal; a second SIGINT ends the process at once, which harms nothing
+    that is on disk.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self._held: dict[int, object] = {}
 
     def __enter__(self) -> Stopper:
+        """Take over the signals."""
         for number in SIGNALS:
             self._held[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Give them back."""
         for number, handler in self._held.items():
             signal.signal(number, handler)
 
@@ -36,7 +42,9 @@ class Stopper:
             os.write(2, b"\nstopped at once; the newest checkpoint is intact\n")
             os._exit(Stopped.exit_code)
         self.received = signal.Signals(number).name
-        os.write(2, f"\n{self.received}: stopping after this batch (Ctrl-C again: at once)\n".encode())
+        os.write(
+            2, f"\n{self.received}: stopping after this batch (Ctrl-C again: at once)\n".encode()
+        )
 
     def poll(self) -> None:
         """Raise `StopRequested` where a signal has come."""

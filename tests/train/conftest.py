@@ -49,7 +49,9 @@ class Examples(list):
 
 
 def chats(n: int, seed: int = 0) -> Examples:
-    """Examples that begin alike, differ in length, and end in one of two answers of one token and an end token."""
+    """Examples that begin alike, differ in length, and end in one of two answers of one token and
+    an end token.
+    """
     draw = np.random.default_rng(seed)
     made = Examples()
     for i in range(n):
@@ -61,7 +63,9 @@ def chats(n: int, seed: int = 0) -> Examples:
             {
                 "id": f"e{i}",
                 "input_ids": ids,
-                "supervised": np.isin(np.arange(len(ids)), [P, P + 1]),  # not the newline behind the end
+                "supervised": np.isin(
+                    np.arange(len(ids)), [P, P + 1]
+                ),  # not the newline behind the end
                 "prompt_length": P,
                 "choices": [np.array([3], np.int32), np.array([4], np.int32)],
                 "answer": answer,
@@ -122,7 +126,9 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 seed=seed,
                 evaluate=None
                 if held_out is None
-                else lambda: evaluate(host.model, "causal_lm", held_out, held_out.lengths, scoring, 3),
+                else lambda: evaluate(
+                    host.model, "causal_lm", held_out, held_out.lengths, scoring, 3
+                ),
                 publish_best=lambda values: None,
             )
 

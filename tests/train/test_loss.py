@@ -22,7 +22,10 @@ def trained_by(loop: object) -> dict[str, torch.Tensor]:
 def test_batch_8_times_1_equals_1_times_8(make_loop: MakeLoop, tmp_path) -> None:
     wide = make_loop(folder=tmp_path / "a", per_device_train_batch_size=8, max_steps=4)
     narrow = make_loop(
-        folder=tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, max_steps=4
+        folder=tmp_path / "b",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=8,
+        max_steps=4,
     )
     a, b = trained_by(wide), trained_by(narrow)
     losses = [[r["loss"] for r in loop.screen.records] for loop in (wide, narrow)]
@@ -34,12 +37,19 @@ def test_batch_8_times_1_equals_1_times_8(make_loop: MakeLoop, tmp_path) -> None
 
 
 def test_packed_equals_padded_to_a_millionth(make_loop: MakeLoop, tmp_path) -> None:
-    packed = make_loop(folder=tmp_path / "a", packing=True, max_steps=3, per_device_train_batch_size=6)
-    padded = make_loop(folder=tmp_path / "b", packing=False, max_steps=3, per_device_train_batch_size=6)
+    packed = make_loop(
+        folder=tmp_path / "a", packing=True, max_steps=3, per_device_train_batch_size=6
+    )
+    padded = make_loop(
+        folder=tmp_path / "b", packing=False, max_steps=3, per_device_train_batch_size=6
+    )
     packed.fit(), padded.fit()
     losses = [[r["loss"] for r in loop.screen.records] for loop in (packed, padded)]
     np.testing.assert_allclose(*losses, atol=1e-6, rtol=0)
-    assert all(a["tokens"] < b["tokens"] for a, b in zip(packed.screen.records, padded.screen.records, strict=True))
+    assert all(
+        a["tokens"] < b["tokens"]
+        for a, b in zip(packed.screen.records, padded.screen.records, strict=True)
+    )
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
@@ -51,7 +61,9 @@ def test_the_loss_is_transformers_own(model: str) -> None:
     for i, e in enumerate(examples):
         n = len(e["input_ids"])
         ids[i, :n], mask[i, :n] = torch.from_numpy(e["input_ids"]), 1
-        labels[i, :n][torch.from_numpy(e["supervised"])] = ids[i, :n][torch.from_numpy(e["supervised"])]
+        labels[i, :n][torch.from_numpy(e["supervised"])] = ids[i, :n][
+            torch.from_numpy(e["supervised"])
+        ]
     wanted = net(input_ids=ids, attention_mask=mask, labels=labels).loss
     for packing in (False, True):
         if packing:
@@ -69,8 +81,12 @@ def test_every_token_can_be_a_target_but_the_first() -> None:
     use_packed_attention(net)
     packed = causal_collator(0, True)(examples)
     assert packed.num_targets == sum(len(e["input_ids"]) - 1 for e in examples)
-    apart = sum(net(input_ids=_row(e), labels=_row(e)).loss * (len(e["input_ids"]) - 1) for e in examples)
-    torch.testing.assert_close(objective.loss_sum("causal_lm", net, packed), apart, atol=1e-4, rtol=1e-6)
+    apart = sum(
+        net(input_ids=_row(e), labels=_row(e)).loss * (len(e["input_ids"]) - 1) for e in examples
+    )
+    torch.testing.assert_close(
+        objective.loss_sum("causal_lm", net, packed), apart, atol=1e-4, rtol=1e-6
+    )
 
 
 def _row(example: dict) -> torch.Tensor:
@@ -88,7 +104,9 @@ def test_a_shared_beginning_is_laid_once_and_changes_no_gradient() -> None:
         batch = packed_row(training_branches(examples, share), tuple("abcd"))
         objective.loss_sum("causal_lm", net, batch).backward()
         grads.append({n: p.grad for n, p in net.named_parameters()})
-        assert batch.num_tokens == sum(len(e["input_ids"]) - 2 for e in examples) - (4 * 3 if share else 0)
+        assert batch.num_tokens == sum(len(e["input_ids"]) - 2 for e in examples) - (
+            4 * 3 if share else 0
+        )
     for name, grad in grads[0].items():
         torch.testing.assert_close(grad, grads[1][name], atol=1e-5, rtol=1e-4)
 

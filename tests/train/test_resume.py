@@ -22,7 +22,11 @@ def outcome(loop: object) -> tuple[dict[str, torch.Tensor], list[dict], list[byt
     for line in lines:
         line.pop("wall", None)
     last = loop.folder.checkpoints / f"step-{loop.progress.step:06d}"
-    return trained, lines, [(last / f).read_bytes() for f in ("trained.safetensors", "optimizer.safetensors")]
+    return (
+        trained,
+        lines,
+        [(last / f).read_bytes() for f in ("trained.safetensors", "optimizer.safetensors")],
+    )
 
 
 def same(a: tuple, b: tuple) -> None:
@@ -31,7 +35,12 @@ def same(a: tuple, b: tuple) -> None:
     assert a[2] == b[2]
 
 
-OPTIONS = {"held_out": chats(7, 9), "eval_steps": 5, "dropout": 0.2, "gradient_accumulation_steps": 2}
+OPTIONS = {
+    "held_out": chats(7, 9),
+    "eval_steps": 5,
+    "dropout": 0.2,
+    "gradient_accumulation_steps": 2,
+}
 
 
 @pytest.fixture
@@ -41,7 +50,9 @@ def straight(make_loop: MakeLoop, tmp_path: Path) -> tuple:
     return outcome(loop)
 
 
-def interrupted(make_loop: MakeLoop, folder: Path, at: list[int], number: int = signal.SIGTERM) -> object:
+def interrupted(
+    make_loop: MakeLoop, folder: Path, at: list[int], number: int = signal.SIGTERM
+) -> object:
     """Start again and again; a signal comes in the middle of each of the steps `at`."""
     while True:
         loop = make_loop(folder=folder, **OPTIONS)
@@ -80,7 +91,9 @@ def test_several_interruptions_leave_no_trace(
     same(outcome(interrupted(make_loop, tmp_path / "again", list(at))), straight)
 
 
-def test_a_signal_during_evaluation_is_obeyed(make_loop: MakeLoop, straight: tuple, tmp_path: Path) -> None:
+def test_a_signal_during_evaluation_is_obeyed(
+    make_loop: MakeLoop, straight: tuple, tmp_path: Path
+) -> None:
     loop = make_loop(folder=tmp_path / "again", **OPTIONS)
     plain = loop.evaluate
 
@@ -97,7 +110,9 @@ def test_a_signal_during_evaluation_is_obeyed(make_loop: MakeLoop, straight: tup
     same(outcome(interrupted(make_loop, tmp_path / "again", [])), straight)
 
 
-def test_the_same_seed_gives_the_same_run_and_another_a_different_one(make_loop: MakeLoop, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run_and_another_a_different_one(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
     results = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         loop = make_loop(folder=tmp_path / name, seed=seed, dropout=0.1)
@@ -116,7 +131,7 @@ def test_the_rate_ends_where_the_schedule_ends(make_loop: MakeLoop) -> None:
     assert loop.scheduler.get_last_lr()[0] == pytest.approx(0.0)
 
 
-# -- damage ------------------------------------------------------------------------------------------------------------
+# -- damage ----------------------------------------------------------------------------------------
 @pytest.fixture
 def saved(make_loop: MakeLoop) -> Path:
     loop = make_loop(save_steps=4, save_total_limit=3)
@@ -125,7 +140,12 @@ def saved(make_loop: MakeLoop) -> Path:
 
 
 def test_a_checkpoint_holds_only_what_trains(saved: Path) -> None:
-    assert sorted(p.name for p in saved.iterdir()) == ["latest", "step-000004", "step-000008", "step-000012"]
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "latest",
+        "step-000004",
+        "step-000008",
+        "step-000012",
+    ]
     assert (saved / "latest").read_text() == "step-000012\n"
     sizes = {p.name: p.stat().st_size for p in (saved / "step-000012").iterdir()}
     trained = 4 * 2 * 3 * (2 * (32 + 32) + 2 * (32 + 16) + 2 * (32 + 48) + (48 + 32))
@@ -133,9 +153,13 @@ def test_a_checkpoint_holds_only_what_trains(saved: Path) -> None:
     assert sum(sizes.values()) < 4 * trained + 80_000
 
 
-@pytest.mark.parametrize("name", ["trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "removed"])
-def test_a_damaged_checkpoint_is_passed_over_with_the_reason(saved: Path, name: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(
+    saved: Path, name: str, damage: str
+) -> None:
     file = saved / "step-000012" / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -159,7 +183,9 @@ def test_when_none_can_be_trusted_the_run_does_not_start_from_scratch(saved: Pat
         checkpoint.newest(saved)
 
 
-def test_a_folder_that_cannot_be_written_is_one_message(make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_is_one_message(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loop = make_loop()
     loop.folder.checkpoints.parent.mkdir(parents=True, exist_ok=True)
     loop.folder.checkpoints.write_text("a file where the folder should be")
@@ -167,14 +193,18 @@ def test_a_folder_that_cannot_be_written_is_one_message(make_loop: MakeLoop, mon
         loop.save()
 
 
-# -- numbers that are not finite ---------------------------------------------------------------------------------------
+# -- numbers that are not finite -------------------------------------------------------------------
 def poison(loop: object, steps: set[int]) -> None:
     plain = loop.method.__class__.penalty
 
     class Poisoned(type(loop.method)):
         def penalty(self, host):
             bad = loop.progress.step in steps
-            return next(iter(host.trained().values())).sum() * float("nan") if bad else plain(self, host)
+            return (
+                next(iter(host.trained().values())).sum() * float("nan")
+                if bad
+                else plain(self, host)
+            )
 
     object.__setattr__(loop.method, "__class__", Poisoned)
 
@@ -189,7 +219,9 @@ def test_a_step_with_numbers_that_are_not_finite_is_not_taken(make_loop: MakeLoo
     assert len(record["examples"]) == 4
 
 
-def test_three_such_steps_in_a_row_stop_the_run_with_the_weights_intact(make_loop: MakeLoop) -> None:
+def test_three_such_steps_in_a_row_stop_the_run_with_the_weights_intact(
+    make_loop: MakeLoop,
+) -> None:
     loop = make_loop(max_steps=9)
     poison(loop, {3, 4, 5, 6, 7})
     with pytest.raises(NonFinite, match="3 steps in a row"):

@@ -1,0 +1,349 @@
+"""The command line: verbs, help, and exit codes. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from peftcli import __version__
+from peftcli.errors import ConfigError, Stopped, UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from peftcli.settings import Run
+
+FILE = "config.yaml"  # what makes a folder a run folder
+HELP = """\
+*peft-train* [VERB] [+recipe=NAME] [group=choice] [key=value ...]
+
+*Verbs*
+  train      train a run; meant where no verb is given; takes Hydra's flags (-m, --cfg job, -cd)
+  check      everything but training: what would train, data and masks, steps, memory, time
+  eval       measure a run folder's adapter on its held-out examples
+  generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
+  export     write a run folder's adapter, or the model with it merged in, for other tools
+  methods    all methods, or the equation and the options of one
+  explain    what a key or a group means, takes, and defaults to
+  doctor     versions, hardware, and what is missing
+
+*Examples*
+  peft-train +recipe=lora_llama                                       a whole run, ready to go
+  peft-train +recipe=lora_llama method.r=32 optimizer.lr=1e-4         the same with two keys changed
+  peft-train check +recipe=lora_llama_chat dataset.path=chats.jsonl   look before you train
+  peft-train -m +recipe=lora_llama method=lora,full seed=0,1,2        a sweep of six runs
+  peft-train generate outputs/lora_llama/2026-01-31_12-00-00          talk to what was trained
+
+*Files*
+  recipes    {recipes}
+  configs    {configs}
+  yours      --config-dir DIR adds DIR/recipes/NAME.yaml, DIR/dataset/NAME.yaml, ...
+  written    outputs/NAME/DATE_TIME, or run_dir=FOLDER; a run started again in its folder goes on
+
+*Exit codes*
+  0 done   1 failed   2 configuration or usage   3 data or checkpoint   4 out of memory
+  5 non-finite numbers   75 stopped, resumable
+
+`peft-train VERB --help` tells more. Tab completion: eval "$(peft-train -sc install=bash)"
+"""
+TRAIN_HELP = """\
+*peft-train* [train] [+recipe=NAME] [group=choice] [key=value ...] [flags]
+*peft-train* train RUN_FOLDER [key=value ...]                    go on with a run that was stopped
+
+  +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
+  group=choice        model method quantization dataset trainer optimizer scheduler strategy logger
+  key=value           one key, such as optimizer.lr=1e-4 or 'method.target_modules=[q,k,v]'; `peft-train explain KEY`
+  ~key  ++key=value   take a key out; set one that may be new
+
+*Flags (Hydra's)*
+  -m, --multirun      every combination of values a,b,c; each run in its own process under multirun/
+  -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over what comes with us
+  -cn, --config-name  a primary file other than config.yaml
+  --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop
+  --info [all|config|defaults|defaults-tree|plugins|searchpath]
+  -sc install=bash    tab completion          --hydra-help    Hydra's own page
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the whole usage."""
+        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` tells more.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = dispatch(words)
+        sys.stdout.flush()
+        return code
+    except SystemExit as e:  # argparse after --help
+        return int(e.code or 0)
+    except BrokenPipeError:  # the reader (head, less) went away
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return Stopped.exit_code
+    except UserError as e:
+        if shows_tracebacks():
+            traceback.print_exc()
+        print_error(str(e))
+        return e.exit_code
+    except Exception as e:
+        print_error(f"unexpected {type(e).__name__}: {e}\nThis is a mistake of peftcli; its trace:")
+        traceback.print_exc()
+        return 1
+
+
+def dispatch(words: list[str]) -> int:
+    """The verb's function; without a verb, `train`."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(page(HELP))
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"peftcli {__version__}")
+        return 0
+    verb, rest = (words[0], words[1:]) if words[0] in VERBS else ("train", words)
+    return VERBS[verb](rest)
+
+
+def shows_tracebacks() -> bool:
+    """Whether the user asked for the trace of every error."""
+    return "1" in (os.environ.get("PEFTCLI_TRACEBACK"), os.environ.get("HYDRA_FULL_ERROR"))
+
+
+def print_error(text: str) -> None:
+    """`error: ...` in red on stderr, as it is: neither wrapped nor read as markup."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(f"error: {text}", style="red"), soft_wrap=True, highlight=False)
+
+
+def page(text: str) -> str:
+    """A help page; *words* are bold on a terminal."""
+    from peftcli import cards  # here, since reading types takes a tenth of a second that --version need not
+
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    for i in range(text.count("*")):
+        text = text.replace("*", (bold, plain)[i % 2], 1)
+    for kind in ("recipes", "configs"):
+        text = text.replace(f"{{{kind}}}", cards.shown(cards.built_in(kind)))
+    return text.rstrip()
+
+
+# -- train -------------------------------------------------------------------------------------------------------------
+def train(words: list[str]) -> int:
+    """Compose, check, and train in this process; with -m, one process a member."""
+    from peftcli import hydra_app
+
+    if "-h" in words or "--help" in words:
+        print(page(TRAIN_HELP))
+        return 0
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)  # until the run's own handlers exist
+    args = hydra_app.parse(words)
+    if args.overrides and is_run_folder(args.overrides[0]):
+        return resume(Path(args.overrides[0]), args.overrides[1:], args.config_dirs)
+    from peftcli import config
+
+    def check(cfg: DictConfig) -> None:
+        config.typed(cfg, args.config_dirs)
+
+    if args.multirun:
+        from peftcli.members import Members
+
+        with Members() as members:
+            code = hydra_app.main(args, check, members.start)
+            return members.report() or code
+
+    def task(cfg: DictConfig, folder: Path) -> int:
+        from peftcli import run
+
+        return run.train(config.typed(cfg, args.config_dirs), cfg)
+
+    return hydra_app.main(args, check, task)
+
+
+def _stop(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def resume(folder: Path, overrides: Sequence[str], config_dirs: Sequence[Path]) -> int:
+    """Go on with the run of a folder."""
+    from peftcli import config, run
+
+    cfg = config.load(folder, overrides, config_dirs)
+    return run.train(config.typed(cfg, config_dirs), cfg)
+
+
+def worker(words: list[str]) -> int:
+    """One member of a sweep: train what RUN_DIR/config.yaml says. Hydra is not here."""
+    if len(words) != 1:
+        raise ConfigError("peft-train worker RUN_DIR: one folder.")
+    return resume(Path(words[0]), (), ())
+
+
+# -- Verbs on a run folder or on a configuration -----------------------------------------------------------------------
+def check(words: list[str]) -> int:
+    """Everything but training."""
+    parser = run_parser("check", "Everything but training: what would train where, data and masks, steps, memory, time.")
+    args = parser.parse_intermixed_args(words)
+    settings, cfg, _ = configuration(args)
+    from peftcli import run
+
+    return run.check(settings, cfg, as_json=args.json)
+
+
+def evaluate(words: list[str]) -> int:
+    """Metrics on held-out examples."""
+    parser = run_parser("eval", "Measure a run folder's adapter on its held-out examples; without a folder, the base model.")
+    args = parser.parse_intermixed_args(words)
+    settings, cfg, folder = configuration(args)
+    from peftcli import run
+
+    return run.evaluate(settings, cfg, folder, as_json=args.json)
+
+
+def generate(words: list[str]) -> int:
+    """Answers to prompts."""
+    parser = run_parser("generate", "Let a run folder's adapter answer; without --prompt and --file, in a chat.")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
+    given.add_argument("--file", type=Path, help="prompts: .txt, one a line; .jsonl, {'prompt': ...} or {'messages': [...]}")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (128)")
+    args = parser.parse_intermixed_args(words)
+    if args.prompt is None and args.file is None and not sys.stdin.isatty():
+        raise ConfigError("peft-train generate: a chat needs a terminal; otherwise give --prompt TEXT or --file FILE.")
+    settings, cfg, folder = configuration(args)
+    from peftcli import run
+
+    return run.generate(
+        settings,
+        cfg,
+        folder,
+        prompt=args.prompt,
+        file=args.file,
+        max_new_tokens=args.max_new_tokens,
+        as_json=args.json,
+    )
+
+
+def export(words: list[str]) -> int:
+    """An adapter or a merged model for others."""
+    parser = run_parser("export", "Write a run folder's adapter, or its model with the adapter merged in, for other tools.")
+    parser.add_argument("--to", choices=["adapter", "merged"], default="merged", help="what to write (merged)")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+    args = parser.parse_intermixed_args(words)
+    settings, cfg, folder = configuration(args)
+    from peftcli import run
+
+    return run.export(settings, cfg, folder, to=args.to, output=args.output, as_json=args.json)
+
+
+def run_parser(verb: str, purpose: str) -> Parser:
+    """What these verbs share."""
+    parser = Parser(
+        prog=f"peft-train {verb}",
+        usage=f"peft-train {verb} [RUN_FOLDER] [+recipe=NAME] [group=choice] [key=value ...] [flags]",
+        description=purpose,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", metavar="RUN_FOLDER, key=value", help="a run's folder, and what to change")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with recipes/ and groups")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
+    return parser
+
+
+def configuration(args: argparse.Namespace) -> tuple[Run, DictConfig, Path | None]:
+    """The run that the words mean: a folder's with changes, or one composed of them."""
+    from peftcli import config
+
+    dirs = [args.config_dir] if args.config_dir else []
+    if args.words and is_run_folder(args.words[0]):
+        folder = Path(args.words[0])
+        cfg = config.load(folder, args.words[1:], dirs)
+    else:
+        folder, cfg = None, config.compose(args.words, dirs)
+    return config.typed(cfg, dirs), cfg, folder
+
+
+def is_run_folder(word: str) -> bool:
+    """Whether a word is the folder of a run; a path that is none is an error, since nothing else looks like one."""
+    path = Path(word or "=")
+    if (path / FILE).is_file():
+        return True
+    if path.is_dir():
+        runs = [p.parent for depth in ("*", "*/*") for p in path.glob(f"{depth}/{FILE}")]
+        hint = f" The newest in it: {max(runs, key=lambda p: p.stat().st_mtime)}" if runs else ""
+        raise ConfigError(f"{word}: is not a run folder, since it has no {FILE}.{hint}")
+    if "/" in word and "=" not in word:
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"{word}: no such run folder.{near}")
+    return False
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+# -- Documentation -----------------------------------------------------------------------------------------------------
+def methods(words: list[str]) -> int:
+    """All methods, or one."""
+    parser = Parser(prog="peft-train methods", description="All methods, or the equation and the options of one.")
+    parser.add_argument("name", nargs="?", help="a method")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
+    args = parser.parse_args(words)
+    from peftcli import explain
+
+    return explain.methods(args.name, [args.config_dir] if args.config_dir else [], args.json)
+
+
+def explain(words: list[str]) -> int:
+    """A key, a group, a choice."""
+    parser = Parser(prog="peft-train explain", description="What a key, a group or a choice means, takes, and defaults to.")
+    parser.add_argument("key", nargs="?", help="such as trainer.max_grad_norm, dataset, method=lora, recipe")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with groups")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
+    args = parser.parse_args(words)
+    from peftcli import explain
+
+    return explain.explain(args.key, [args.config_dir] if args.config_dir else [], args.json)
+
+
+def doctor(words: list[str]) -> int:
+    """What is there and what is missing."""
+    parser = Parser(prog="peft-train doctor", description="Versions, hardware, and what is missing.")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
+    args = parser.parse_args(words)
+    from peftcli import doctor
+
+    return doctor.doctor(args.json)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "check": check,
+    "eval": evaluate,
+    "generate": generate,
+    "export": export,
+    "methods": methods,
+    "explain": explain,
+    "doctor": doctor,
+    "worker": worker,
+}

@@ -1,0 +1,212 @@
+"""`peft-train methods` and `peft-train explain`: the cards on a screen, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from peftcli import cards
+from peftcli.cards import Card, Key
+from peftcli.errors import ConfigError, did_you_mean
+from peftcli.suggest import ALIASES, nearest_keys
+
+
+def screen() -> Console:
+    """Standard output, since this is the answer itself; lines stay whole where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+
+
+def table(*header: str, rows: Sequence[Sequence[str]], title: str = "") -> Table:
+    """Columns without lines."""
+    found = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=title, title_justify="left")
+    found.title_style = "bold cyan"
+    for name in header:
+        found.add_column(name, overflow="fold")
+    for row in rows:
+        found.add_row(*map(escape, row))
+    return found
+
+
+# -- methods -----------------------------------------------------------------------------------------------------------
+def methods(name: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
+    """All methods, or the equation and the options of one."""
+    if name is not None:
+        return _method(cards.find_method(name, config_dirs), as_json)
+    found = cards.cards("method", config_dirs)
+    if as_json:
+        print(json.dumps([_as_data(card) for card in found], indent=2))
+        return 0
+    rows = [(c.choice, cards.family(c.target), _first_line(c), " ".join(k.name for k in c.keys)) for c in found]
+    screen().print(table("method", "family", "what it is", "options", rows=rows))
+    screen().print("\n[dim]peft-train methods NAME shows the equation and the options; peft-train method=NAME trains.[/]")
+    return 0
+
+
+def _method(card: Card, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(_as_data(card), indent=2))
+        return 0
+    console = screen()
+    console.print(escape(cards.paper(card.target)))
+    console.print()
+    console.print(_options(card))
+    console.print(f"\n{escape(card.command)}", style="green")
+    return 0
+
+
+def _first_line(card: Card) -> str:
+    return cards.paper(card.target).partition("\n")[0]
+
+
+def _as_data(card: Card) -> dict[str, Any]:
+    return {
+        "name": card.choice,
+        "family": cards.family(card.target),
+        "summary": _first_line(card),
+        "description": cards.paper(card.target),
+        "target": card.target,
+        "command": card.command,
+        "file": str(card.path),
+        "options": [_key_data(key) for key in card.keys],
+    }
+
+
+def _key_data(key: Key) -> dict[str, str]:
+    return {"name": key.name, "default": key.default, "takes": key.takes, "meaning": key.meaning}
+
+
+def _options(card: Card) -> Table:
+    rows = [(k.name, k.default, k.takes, k.meaning) for k in card.keys]
+    return table("key", "default", "takes", "meaning", rows=rows, title=cards.shown(card.path))
+
+
+# -- explain -----------------------------------------------------------------------------------------------------------
+def explain(key: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
+    """A key, a group, one choice of a group, or, without a word, what groups there are."""
+    if key is None:
+        return _groups(config_dirs, as_json)
+    key = key.lstrip("+~")
+    group, equals, choice = key.partition("=")
+    if group == "recipe":
+        return _recipes(choice, config_dirs, as_json)
+    if group in cards.GROUPS:
+        return _choice(group, choice, config_dirs, as_json) if equals else _group(group, config_dirs, as_json)
+    return _key(_full(group, config_dirs), config_dirs, as_json)
+
+
+def _full(key: str, config_dirs: Sequence[Path]) -> str:
+    """The full key of a word: itself, the only one with that name, or what another tool calls so."""
+    known = cards.all_keys(config_dirs)
+    if key in known:
+        return key
+    named = [k for k in known if k.rpartition(".")[2] == key]
+    meant = ALIASES.get(key.rpartition(".")[2], "")
+    if len(named) == 1:
+        return named[0]
+    if not named and meant in known:
+        return meant
+    near = named or nearest_keys(key, [*known, *cards.GROUPS])
+    hint = f" Did you mean {' or '.join(near)}?" if near else " `peft-train explain` lists the groups."
+    raise ConfigError(f"no key {key!r}.{hint}")
+
+
+def _groups(config_dirs: Sequence[Path], as_json: bool) -> int:
+    chosen = cards.defaults()
+    found = {group: sorted(cards.choices(group, config_dirs)) for group in cards.GROUPS}
+    top = cards.root_card(config_dirs)
+    if as_json:
+        data = {g: {"default": chosen.get(g), "choices": c} for g, c in found.items()}
+        print(json.dumps({"groups": data, "keys": [_key_data(k) for k in top.keys]}, indent=2))
+        return 0
+    rows = [(g, chosen.get(g, ""), ", ".join(names)) for g, names in found.items()]
+    rows.append(("recipe", "", ", ".join(sorted(cards.recipes(config_dirs)))))
+    console = screen()
+    console.print(table("group", "default", "choices", rows=rows))
+    console.print()
+    console.print(_options(top))
+    return 0
+
+
+def _group(group: str, config_dirs: Sequence[Path], as_json: bool) -> int:
+    found = cards.cards(group, config_dirs)
+    default = cards.defaults().get(group)
+    if as_json:
+        listed = [{"name": c.choice, "summary": _about(c), "file": str(c.path)} for c in found]
+        shared = [_key_data(k) for k in next((c.keys for c in found if c.choice == default), ())]
+        print(json.dumps({"group": group, "default": default, "choices": listed, "keys": shared}, indent=2))
+        return 0
+    rows = [(f"{group}={c.choice}", "default" if c.choice == default else "", _about(c)) for c in found]
+    console = screen()
+    console.print(table("choice", "", "what it is", rows=rows))
+    if chosen := next((c for c in found if c.choice == default), None):
+        console.print()
+        console.print(_options(chosen))
+    return 0
+
+
+def _about(card: Card) -> str:
+    return _first_line(card) if card.group == "method" else card.summary
+
+
+def _choice(group: str, choice: str, config_dirs: Sequence[Path], as_json: bool) -> int:
+    found = {c.choice: c for c in cards.cards(group, config_dirs)}
+    if choice not in found:
+        raise ConfigError(f"{group}={choice}: no such choice.{did_you_mean(choice, found)} All: {', '.join(found)}.")
+    card = found[choice]
+    if as_json:
+        data = {"group": group, "choice": choice, "summary": _about(card), "file": str(card.path)}
+        print(json.dumps(data | {"keys": [_key_data(k) for k in card.keys]}, indent=2))
+        return 0
+    screen().print(escape(_about(card)))
+    screen().print(_options(card))
+    return 0
+
+
+def _recipes(name: str, config_dirs: Sequence[Path], as_json: bool) -> int:
+    found = cards.recipes(config_dirs)
+    if name and name not in found:
+        raise ConfigError(f"recipe={name}: no such recipe.{did_you_mean(name, found)} All: {', '.join(found)}.")
+    if name and not as_json:
+        print(found[name].read_text(encoding="utf-8"), end="")
+        return 0
+    read = [cards.read_card("recipe", n, path) for n, path in sorted(found.items()) if name in ("", n)]
+    if as_json:
+        print(json.dumps([{"name": c.choice, "summary": c.summary, "file": str(c.path)} for c in read], indent=2))
+        return 0
+    screen().print(table("recipe", "what it is", rows=[(f"+recipe={c.choice}", c.summary) for c in read]))
+    return 0
+
+
+def _key(key: str, config_dirs: Sequence[Path], as_json: bool) -> int:
+    chosen = cards.defaults()
+    files = sorted(cards.all_keys(config_dirs)[key], key=lambda f: chosen.get(f[0].group) != f[0].choice)
+    if as_json:
+        listed = [_key_data(k) | {"name": key, "choice": c.choice, "file": str(c.path)} for c, k in files]
+        print(json.dumps(listed, indent=2))
+        return 0
+    console = screen()
+    console.print(escape(key), style="bold cyan")
+    for (meaning, takes), cards_of in _same(files).items():
+        console.print(f"  {escape(meaning)}")
+        if takes:
+            console.print(f"  [bold]takes[/]    {escape(takes)}")
+        for default, names in cards_of.items():
+            console.print(f"  [bold]default[/]  {escape(default)}" + f"   [dim]{escape(', '.join(names))}[/]")
+    console.print(f"  [bold]file[/]     {escape(cards.shown(files[0][0].path))}")
+    return 0
+
+
+def _same(files: Sequence[tuple[Card, Key]]) -> dict[tuple[str, str], dict[str, list[str]]]:
+    """What files say of a key: (meaning, takes) -> default -> the choices that have it so."""
+    found: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for card, key in files:
+        where = found.setdefault((key.meaning, key.takes), {}).setdefault(key.default, [])
+        where.append(f"{card.group}={card.choice}" if card.group else cards.shown(card.path))
+    return found

@@ -1,0 +1,301 @@
+"""Model, tokenizer and image processor of a source, ready for a task.
+
+Weights go from the mapped safetensors straight into the wanted type. What a task adds to the model
+(a classifier) is drawn from torch's random stream and reported, so that it is trained and saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from peftcli.errors import ConfigError, DataError
+from peftcli.models.convert import folder_of
+from peftcli.models.quiet import quiet
+from peftcli.models.roles import Layout, layout
+from peftcli.models.source import Source, tokenizer_folder
+from peftcli.settings import Format, Model, Task
+
+_AUTO: dict[Task, Any] = {
+    "causal_lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "image_classification": AutoModelForImageClassification,
+}
+_TASK_OF: dict[str, Task] = {
+    "classification": "classification",
+    "regression": "regression",
+    "image_classification": "image_classification",
+}
+# Buffers that older versions of transformers saved and newer ones compute.
+_NO_WEIGHTS = re.compile(r"position_ids$|inv_freq$|masked_bias$|attn(ention)?\.bias$")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and the paths of its modules that no file held: their weights are freshly drawn."""
+
+    model: PreTrainedModel
+    new_modules: tuple[str, ...]
+
+
+def load_config(source: Source, cfg: Model) -> PreTrainedConfig:
+    """The model's configuration. Raises DataError for an architecture that transformers lacks."""
+    folder = folder_of(source)
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{folder}/config.json: {_first_sentence(error)}") from None
+
+
+def infer_task(cfg: Model, config: PreTrainedConfig, format: Format) -> Task:
+    """The task of `model.task`, else of the data's format, else of the architecture."""
+    if cfg.task != "auto":
+        return cfg.task
+    if format in _TASK_OF:
+        return _TASK_OF[format]
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    if format != "auto":  # chat, instruct, prompt_completion, text
+        return "causal_lm"
+    offered = offers(config)
+    return offered[0] if offered else "causal_lm"
+
+
+def offers(config: PreTrainedConfig) -> list[Task]:
+    """The tasks that the architecture has a model for, the most natural first."""
+    return [task for task in _AUTO if _class_for(task, config) is not None]
+
+
+def load_tokenizer(source: Source, cfg: Model) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the template of `cfg.chat_template` and with a padding token."""
+    folder = tokenizer_folder(cfg.tokenizer) if cfg.tokenizer else folder_of(source)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=cfg.trust_remote_code
+            )
+    except (ValueError, OSError, TypeError) as error:
+        raise DataError(
+            f"{folder} has no tokenizer that can be read ({_first_sentence(error)}). "
+            "Name the folder or hub id of one: model.tokenizer."
+        ) from None
+    if cfg.chat_template:
+        tokenizer.chat_template = _read_template(Path(cfg.chat_template).expanduser())
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_image_processor(source: Source, cfg: Model) -> Any:
+    """What turns images into `pixel_values`, on PIL and numpy: torchvision is not needed."""
+    folder = folder_of(source)
+    try:
+        with quiet():
+            return AutoImageProcessor.from_pretrained(
+                folder, backend="pil", trust_remote_code=cfg.trust_remote_code
+            )
+    except (ValueError, OSError) as error:
+        raise DataError(f"{folder} has no image processor: {_first_sentence(error)}") from None
+
+
+def pixels(processor: Any, images: Sequence[str | Path | bytes | Image.Image]) -> Tensor:
+    """Images by path, content or object as `pixel_values` (B, 3, H, W)."""
+    opened = [_open(image) for image in images]
+    return processor(opened, return_tensors="pt")["pixel_values"]
+
+
+def load_model(
+    source: Source,
+    cfg: Model,
+    task: Task,
+    *,
+    dtype: torch.dtype,
+    labels: tuple[str, ...] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Loaded:
+    """The model of the source for the task, its weights in `dtype`, in evaluation mode.
+
+    Args:
+        labels: names of the classes, in the order of their ids; None keeps those of the files.
+        tokenizer: the model pads with its padding token; loaded where it is not given.
+
+    Raises:
+        ConfigError: the architecture has no model for the task, or lacks the attention asked for.
+        DataError: weights are missing, or there are some that config.json knows nothing of.
+    """
+    config = for_task(load_config(source, cfg), task, labels)
+    cls = _class(task, config, cfg)
+    attention = cfg.attn_implementation
+    try:
+        with quiet():
+            model, info = cls.from_pretrained(
+                folder_of(source),
+                config=config,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=cfg.trust_remote_code,
+                ignore_mismatched_sizes=True,  # judged below
+                output_loading_info=True,
+            )
+    except (ValueError, ImportError) as error:
+        reason = _first_sentence(error)
+        if attention == "auto":
+            raise DataError(f"{source.name} cannot be loaded: {reason}") from None
+        raise ConfigError(f"model.attn_implementation={attention}: {reason} Or use auto.") from None
+    new_modules = _new_modules(model, info, task, source)
+    if task != "image_classification":
+        _pad_alike(model, tokenizer or load_tokenizer(source, cfg))
+    return Loaded(model.eval(), new_modules)
+
+
+def empty_model(
+    source: Source | PreTrainedConfig, task: Task, labels: tuple[str, ...] | None = None
+) -> PreTrainedModel:
+    """The model without weights, on the meta device: for counting parameters and sites."""
+    if isinstance(source, Source):
+        source = load_config(source, Model(source.name))
+    config = for_task(source, task, labels)
+    with torch.device("meta"), quiet():
+        return _class(task, config)(config).eval()
+
+
+def for_task(
+    config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | None
+) -> PreTrainedConfig:
+    """A copy of `config` with the number and names of the task's outputs."""
+    config = copy.deepcopy(config)
+    if task == "regression":
+        config.id2label, config.label2id = {0: "score"}, {"score": 0}
+        config.problem_type = "regression"
+    elif task in ("classification", "image_classification") and labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+        config.problem_type = "single_label_classification"
+    return config
+
+
+def _class_for(task: Task, config: PreTrainedConfig) -> Any:
+    """The architecture's class for the task, or None. Encoders count as no language models."""
+    if task == "causal_lm":
+        alone = getattr(config, "is_decoder", False)
+        is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not alone
+        if config.is_encoder_decoder or is_encoder:
+            return None
+    mapping = _AUTO[task]._model_mapping
+    found = mapping[type(config)] if type(config) in mapping else None
+    return found[0] if isinstance(found, tuple) else found
+
+
+def _class(task: Task, config: PreTrainedConfig, cfg: Model | None = None) -> Any:
+    if cfg is not None and cfg.trust_remote_code and hasattr(config, "auto_map"):
+        return _AUTO[task]
+    cls = _class_for(task, config)
+    if cls is None:
+        choices = offers(config)
+        raise ConfigError(
+            f"{config.model_type} has no model for the task {task}. "
+            + (f"It offers model.task={' or '.join(choices)}." if choices else "It offers none.")
+        )
+    return cls
+
+
+def _pad_alike(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model pads with the tokenizer's token: a decoder's classifier looks for it."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _new_modules(model: nn.Module, info: Any, task: Task, source: Source) -> tuple[str, ...]:
+    """Paths of freshly drawn modules, as far up as all is new; DataError for misfits."""
+    where = layout(model)
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    has_head = task not in ("causal_lm", "seq2seq")
+    heads = {key for key in new if has_head and _is_head(key, model, where)}
+    stray = [key for key in info["unexpected_keys"] if _is_in_stack(key, model, where)]
+    _refuse(new - heads, f"{source.name}: missing, or of another shape than config.json says")
+    _refuse(stray, f"{source.name}: weights that config.json knows nothing of")
+    found = dict.fromkeys(_highest(key, model, new) for key in model.state_dict() if key in new)
+    return tuple(found)
+
+
+def _is_head(key: str, model: nn.Module, where: Layout) -> bool:
+    """Whether a weight lies outside of the pretrained body, or in its pooler."""
+    path = key.rpartition(".")[0]
+    if where.block_of(path) is not None or where.role_of(path) in ("embed", "position"):
+        return False
+    in_body = key.startswith(f"{getattr(model, 'base_model_prefix', '')}.")
+    return where.role_of(path) == "pooler" or not in_body
+
+
+def _is_in_stack(key: str, model: nn.Module, where: Layout) -> bool:
+    """Whether a weight claims a place among the model's blocks; those of other heads do not."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stacks = {block.rpartition(".")[0] for block in where.blocks}
+    stacks |= {stack.removeprefix(prefix) for stack in stacks}
+    inside = any(re.match(rf"{re.escape(stack)}\.\d+\.", key) for stack in stacks)
+    return inside and not _NO_WEIGHTS.search(key)
+
+
+def _refuse(keys: Iterable[str], what: str) -> None:
+    keys = sorted(keys)
+    if keys:
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        raise DataError(f"{what}: {', '.join(keys[:3])}{more}.")
+
+
+def _highest(key: str, model: nn.Module, new: set[str]) -> str:
+    """The outermost module around the weight of which every weight is new."""
+    path = key.rpartition(".")[0]
+    while parent := path.rpartition(".")[0]:
+        weights = [f"{parent}.{name}" for name in model.get_submodule(parent).state_dict()]
+        if not set(weights) <= new:
+            break
+        path = parent
+    return path
+
+
+def _read_template(path: Path) -> str:
+    if not path.is_file():
+        raise DataError(f"model.chat_template={path}: there is no such file.")
+    return path.read_text(encoding="utf-8")
+
+
+def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+    elif not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return image.convert("RGB")
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return re.split(r"(?<=[.!?]) ", text)[0] or type(error).__name__

@@ -1,0 +1,173 @@
+"""A whole run: what it leaves, that others can read it, and that interruptions leave no trace in
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import Cli, environment
+
+
+def test_a_run_leaves_its_folder(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    done = cli(*tiny_run)
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {
+        ".hydra", "config.yaml", "train.log", "metrics.jsonl", "result.json", "adapter", "checkpoints",
+    }  # fmt: skip
+    names = {p.name for p in (run / "adapter").iterdir()}
+    assert names >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "tokenizer.json",
+    }
+    result = json.loads((run / "result.json").read_text())
+    assert set(result) == {"run_info", "train_info", "meta_info"}
+    assert result["train_info"]["steps"] == 6
+    assert result["train_info"]["num_trainable_params"] == 4 * 3 * (
+        2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)
+    )
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 6]
+    assert "all-linear: 21" in done.stderr
+    assert str(run / "adapter") in done.stderr.replace("\n", "")
+
+
+def test_the_adapter_loads_in_stock_peft_and_the_merged_model_in_plain_transformers(
+    cli: Cli, tiny_run: list[str], models: Path, tmp_path: Path
+) -> None:
+    cli(*tiny_run)
+    cli("export", "run", "--to", "merged", "--output", "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
+    ids = tokenizer("what is two plus one", return_tensors="pt").input_ids
+    base = AutoModelForCausalLM.from_pretrained(models / "llama", dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(
+            ids
+        ).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=0)
+    assert (adapted - plain).abs().max() > 1e-3
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    cli(*tiny_run)
+    before = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    again = cli(*tiny_run)
+    assert "finished" in again.stderr
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    cli(*tiny_run)
+    refused = cli(*tiny_run, "optimizer.lr=0.5", code=2)
+    assert "optimizer.lr: 0.0002 there, 0.5 now" in refused.stderr.replace("\n", " ")
+    assert (tmp_path / "run" / "result.json").exists()
+    cli(*tiny_run, "optimizer.lr=0.5", "resume=never")
+    assert (tmp_path / "run" / "previous" / "1" / "result.json").exists()
+
+
+def start(words: list[str], cache: Path, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "peftcli", *words]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment(cache), stderr=subprocess.PIPE, text=True
+    )
+
+
+def stop_after(
+    process: subprocess.Popen[str], run: Path, step: int, number: int = signal.SIGTERM
+) -> str:
+    """Send the signal as soon as metrics.jsonl shows the step; returns stderr."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and f'{{"step": {step}, "epoch"' in metrics.read_text():
+            process.send_signal(number)
+            break
+        time.sleep(0.005)
+    _, err = process.communicate(timeout=90)
+    return err
+
+
+def test_forty_steps_interrupted_at_7_and_23_end_bit_identical(
+    cli: Cli, tiny_run: list[str], cache: Path, tmp_path: Path
+) -> None:
+    words = [w for w in tiny_run if not w.startswith(("run_dir", "trainer.max_steps"))]
+    words += ["trainer.max_steps=40", "trainer.eval_steps=10", "method.dropout=0.1"]
+    cli(*words, f"run_dir={tmp_path / 'straight'}")
+    broken = tmp_path / "broken"
+    for step in (7, 23):
+        process = start([*words, f"run_dir={broken}"], cache, tmp_path)
+        err = stop_after(process, broken, step)
+        assert process.returncode == 75, err
+        assert "Traceback" not in err
+    cli(*words, f"run_dir={broken}")
+    straight = tmp_path / "straight"
+    for name in (
+        "adapter/adapter_model.safetensors",
+        "checkpoints/step-000040/optimizer.safetensors",
+    ):
+        a, b = (load_file(folder / name) for folder in (straight, broken))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    lines = [
+        [
+            {**json.loads(line), "wall": None}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (straight, broken)
+    ]
+    assert lines[0] == lines[1]
+
+
+def test_sigint_in_the_first_moments_ends_with_75_and_no_traceback(
+    tiny_run: list[str], cache: Path, tmp_path: Path
+) -> None:
+    for delay in (0.3, 1.5, 3.0):
+        process = start(tiny_run, cache, tmp_path)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (75, 0), err
+        assert "Traceback" not in err
+
+
+def test_two_runs_in_one_folder_are_refused(
+    cli: Cli, tiny_run: list[str], cache: Path, tmp_path: Path
+) -> None:
+    process = start([*tiny_run, "trainer.max_steps=4000"], cache, tmp_path)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    refused = cli(*tiny_run, "trainer.max_steps=4000", code=2)
+    assert "in use by another run" in refused.stderr
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_loggers_work_offline(cli: Cli, tiny_run: list[str], tmp_path: Path, logger: str) -> None:
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard", reason="an extra")
+    cli(*tiny_run, f"logger={logger}")
+    assert any((tmp_path / "run" / logger).rglob("*"))
