@@ -1,6 +1,6 @@
-"""What is known of every key without loading anything: the YAML files with their comments, and the types.
+"""What is known of keys without loading anything: the files with their comments, and the types.
 
-`peft-train methods`, `peft-train explain` and every error message read from here. No torch, no Hydra.
+The verbs `methods` and `explain`, and every error message, read from here. No torch, no Hydra.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from peftcli.errors import ConfigError, did_you_mean
 
 PACKAGE = Path(__file__).parent
 ROOT = "config"  # the file of the keys that are in no group
-GROUPS = tuple(f.name for f in dataclasses.fields(settings.Run) if f.type in ("Any", f.name.title()))
+GROUPS = tuple(
+    f.name for f in dataclasses.fields(settings.Run) if f.type in ("Any", f.name.title())
+)
 TOP_KEYS = {f.name: f for f in dataclasses.fields(settings.Run) if f.name not in GROUPS}
 _LINE = re.compile(
     r"""(?P<key>\w+):\s*
@@ -57,9 +59,9 @@ class Card:
     keys: tuple[Key, ...]
 
 
-# -- Where files are ---------------------------------------------------------------------------------------------------
+# -- Where files are -------------------------------------------------------------------------------
 def built_in(kind: Literal["configs", "recipes"]) -> Path:
-    """The folder that comes with the program: in the installed package, or beside it in a checkout."""
+    """The folder that comes with us: in the installed package, or beside it in a checkout."""
     installed = PACKAGE / kind
     return installed if installed.is_dir() else PACKAGE.parent / kind
 
@@ -100,7 +102,10 @@ def choices(group: str, config_dirs: Iterable[Path] = ()) -> dict[str, Path]:
 
 def cards(group: str, config_dirs: Iterable[Path] = ()) -> list[Card]:
     """The cards of a group, in the order of their names."""
-    return [read_card(group, choice, path) for choice, path in sorted(choices(group, config_dirs).items())]
+    return [
+        read_card(group, choice, path)
+        for choice, path in sorted(choices(group, config_dirs).items())
+    ]
 
 
 def root_card(config_dirs: Iterable[Path] = ()) -> Card:
@@ -114,10 +119,15 @@ def defaults() -> dict[str, str]:
     """The choice of every group where none is given."""
     path = built_in("configs") / f"{ROOT}.yaml"
     listed = yaml.safe_load(path.read_text(encoding="utf-8"))["defaults"]
-    return {group: choice for entry in listed if isinstance(entry, dict) for group, choice in entry.items()}
+    return {
+        group: choice
+        for entry in listed
+        if isinstance(entry, dict)
+        for group, choice in entry.items()
+    }
 
 
-# -- What a file says --------------------------------------------------------------------------------------------------
+# -- What a file says ------------------------------------------------------------------------------
 @cache
 def read_card(group: str, choice: str, path: Path) -> Card:
     """A file's header and its keys with their comments."""
@@ -153,23 +163,37 @@ def _lines(text: str) -> Iterator[tuple[str, str, str]]:
             continue
         value = match["value"]
         for more in lines[i + 1 :]:
-            if value and not more.lstrip().startswith("#") or not more.startswith((" ", "-")):
+            if (value and not more.lstrip().startswith("#")) or not more.startswith((" ", "-")):
                 break
-            value = value if value and more.lstrip().startswith("#") else f"{value} {more.strip()}".strip()
+            value = (
+                value
+                if value and more.lstrip().startswith("#")
+                else f"{value} {more.strip()}".strip()
+            )
         yield match["key"], value, match["comment"] or ""
 
 
-# -- What a key takes --------------------------------------------------------------------------------------------------
+# -- What a key takes ------------------------------------------------------------------------------
 def allowed_values(group: str, target: str) -> dict[str, str]:
-    """In words, what every field of the class `target` may hold; nothing for classes of libraries."""
+    """In words, what each field of the class `target` may hold; nothing for libraries' classes."""
     if not group:
-        return {name: in_words(hint) for name, hint in _hints(settings.Run).items() if name in TOP_KEYS}
+        return {
+            name: in_words(hint) for name, hint in _hints(settings.Run).items() if name in TOP_KEYS
+        }
     if group == "optimizer":
-        return {k: in_words(hint) for k, hint in _hints(settings.Optimizer).items() if k in ("lr", "weight_decay")}
+        return {
+            k: in_words(hint)
+            for k, hint in _hints(settings.Optimizer).items()
+            if k in ("lr", "weight_decay")
+        }
     if group == "method":
         return dict(_fields_in_source(target))
     cls = getattr(settings, target.rpartition(".")[2], None)
-    return {k: in_words(hint) for k, hint in _hints(cls).items()} if dataclasses.is_dataclass(cls) else {}
+    return (
+        {k: in_words(hint) for k, hint in _hints(cls).items()}
+        if dataclasses.is_dataclass(cls)
+        else {}
+    )
 
 
 def _hints(cls: Any) -> dict[str, Any]:
@@ -197,7 +221,9 @@ def in_words(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = [_BOUNDS[type(mark)] + (mark,) for mark in args[1:] if type(mark) in _BOUNDS]
-        return " ".join([in_words(args[0]), " and ".join(f"{s} {getattr(m, a):g}" for s, a, m in bounds)])
+        return " ".join(
+            [in_words(args[0]), " and ".join(f"{s} {getattr(m, a):g}" for s, a, m in bounds)]
+        )
     if origin is Literal:
         return " | ".join(str(a) for a in args)
     if origin in (typing.Union, types.UnionType):
@@ -217,7 +243,9 @@ def _fields_in_source(target: str) -> Iterator[tuple[str, str]]:
     tree, cls = source
     for base in cls.bases:
         if isinstance(base, ast.Name):
-            yield from _fields_in_source(_origin(tree, base.id) or f"{target.rpartition('.')[0]}.{base.id}")
+            yield from _fields_in_source(
+                _origin(tree, base.id) or f"{target.rpartition('.')[0]}.{base.id}"
+            )
     for item in cls.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
             annotation = ast.unparse(item.annotation)
@@ -226,10 +254,10 @@ def _fields_in_source(target: str) -> Iterator[tuple[str, str]]:
 
 
 def _evaluated(annotation: str) -> str:
-    """An annotation of our own source in words; as it stands where it needs more than the standard names."""
+    """An annotation of our own source in words; as it stands where it uses names of its own."""
     names = {**vars(typing), **vars(annotated_types)}
     try:
-        return in_words(eval(annotation, names))  # noqa: S307 - a dataclass field of this package
+        return in_words(eval(annotation, names))
     except NameError:
         return annotation
 
@@ -267,17 +295,24 @@ def family(target: str) -> str:
         return ""
     tree, cls = source
     for item in cls.body:
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and item.target.id == "family":
+        if (
+            isinstance(item, ast.AnnAssign)
+            and isinstance(item.target, ast.Name)
+            and item.target.id == "family"
+        ):
             return str(ast.literal_eval(item.value)) if item.value else ""
     bases = [_origin(tree, base.id) for base in cls.bases if isinstance(base, ast.Name)]
     return next((found for base in bases if base and (found := family(base))), "")
 
 
-# -- Finding a key -----------------------------------------------------------------------------------------------------
+# -- Finding a key ---------------------------------------------------------------------------------
 def all_keys(config_dirs: Sequence[Path] = ()) -> dict[str, list[tuple[Card, Key]]]:
     """Every full key with the files that have it."""
     found: dict[str, list[tuple[Card, Key]]] = {}
-    for card in [root_card(config_dirs), *(c for group in GROUPS for c in cards(group, config_dirs))]:
+    for card in [
+        root_card(config_dirs),
+        *(c for group in GROUPS for c in cards(group, config_dirs)),
+    ]:
         for key in card.keys:
             found.setdefault(f"{card.group}.{key.name}".lstrip("."), []).append((card, key))
     return found
@@ -287,5 +322,7 @@ def find_method(name: str, config_dirs: Sequence[Path] = ()) -> Card:
     """The card of one method."""
     found = {card.choice: card for card in cards("method", config_dirs)}
     if name not in found:
-        raise ConfigError(f"no method {name!r}.{did_you_mean(name, found)} All: {', '.join(found)}.")
+        raise ConfigError(
+            f"no method {name!r}.{did_you_mean(name, found)} All: {', '.join(found)}."
+        )
     return found[name]

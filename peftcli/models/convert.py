@@ -96,6 +96,11 @@ def _convert(source: Source, folder: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    for role in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        # before 5.23 transformers took the first for the second and left the third out
+        token = getattr(model.config, f"{role}_id", None)
+        if token is not None:
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token))
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
 

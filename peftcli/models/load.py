@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
@@ -116,10 +118,12 @@ def load_image_processor(source: Source, cfg: Model) -> Any:
     folder = folder_of(source)
     try:
         with quiet():
+            if ours := _pil_processor(folder):
+                return ours.from_pretrained(folder)
             return AutoImageProcessor.from_pretrained(
                 folder, backend="pil", trust_remote_code=cfg.trust_remote_code
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise DataError(f"{folder} has no image processor: {_first_sentence(error)}") from None
 
 
@@ -280,6 +284,15 @@ def _highest(key: str, model: nn.Module, new: set[str]) -> str:
             break
         path = parent
     return path
+
+
+def _pil_processor(folder: Path) -> Any:
+    """The PIL class of the folder's processor; before 5.23 AutoImageProcessor wants torchvision."""
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
+    name = name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
+    return getattr(transformers, f"{name}Pil", None)
 
 
 def _read_template(path: Path) -> str:

