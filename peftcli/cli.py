@@ -59,7 +59,7 @@ TRAIN_HELP = """\
 
   +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
   group=choice        model method quantization dataset trainer optimizer scheduler strategy logger
-  key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'; `peft-train explain KEY`
+  key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'
   ~key  ++key=value   take a key out; set one that may be new
 
 *Flags (Hydra's)*

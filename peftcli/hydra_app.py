@@ -42,6 +42,10 @@ RUN_VERBS = VERBS[:5]  # those that take overrides
 class TaskFailed(Exception):  # noqa: N818 - an envelope
     """Carries an exception of the task past the translation of Hydra's own."""
 
+    def __init__(self, content: Exception) -> None:
+        super().__init__(str(content))
+        self.content = content
+
 
 class RecipeFolder(FileConfigSource):
     """A folder of recipes as the group `recipe`: `+recipe=NAME` is NAME.yaml in it."""
@@ -198,9 +202,8 @@ def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Tas
         raise ConfigError("--resolve goes with --cfg.")
     try:
         return _obey(args, check, task)
-    except TaskFailed as e:
-        assert e.__cause__ is not None
-        raise e.__cause__ from None
+    except TaskFailed as envelope:
+        raise envelope.content from None
 
 
 def _obey(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Task) -> int:
@@ -294,7 +297,7 @@ def _in_folder(task: Task) -> Callable[[DictConfig], int]:
         try:
             return task(cfg, folder)
         except Exception as e:
-            raise TaskFailed from e
+            raise TaskFailed(e) from e
 
     return run
 

@@ -90,8 +90,8 @@ def _unreadable(line: str) -> str:
     word = line.lstrip("+~")
     if word.endswith((".yaml", ".yml")) and "=" not in word:
         return (
-            f"{line!r}: a recipe is chosen by its name. Put the file into a folder named recipes and"
-            f" type peft-train --config-dir FOLDER_ABOVE +recipe={Path(word).stem}"
+            f"{line!r}: a recipe is chosen by its name. Put the file into a folder named recipes"
+            f" and type peft-train --config-dir FOLDER_ABOVE +recipe={Path(word).stem}"
         )
     if re.fullmatch(r"[\w-]+", word):
         return (
@@ -183,7 +183,7 @@ def known_keys(config_dirs: Sequence[Path]) -> list[str]:
 
 
 def no_key(key: str, config_dirs: Sequence[Path], choices: dict[str, str] | None = None) -> str:
-    """'no key X', what was probably meant, and which choice of the group has it, if another does."""
+    """'no key X', what was probably meant, and which other choice of the group has it."""
     files = cards.all_keys(config_dirs).get(key, [])
     if files:
         having = ", ".join(f"{card.group}={card.choice}" for card, _ in files)

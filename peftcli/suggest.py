@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
-# What other tools call our keys: transformers, peft, trl, axolotl, LLaMA-Factory, unsloth, litgpt ...
+# What other tools call our keys: transformers, peft, trl, axolotl, LLaMA-Factory, litgpt ...
 _OTHERS = """
 run_dir: output_dir out_dir save_dir
 name: run_name experiment_name wandb_name

@@ -51,7 +51,7 @@ class Full(Method):
                 )
             frozen |= matched
         if not self.train_embeddings:
-            frozen |= {p for m in (host.model.get_input_embeddings(),) for p in m.parameters()}
+            frozen |= set(host.model.get_input_embeddings().parameters())
         head = host.model.get_output_embeddings()
         if not self.train_head and head is not None:
             frozen |= set(head.parameters())

@@ -16,6 +16,7 @@ from peftcli.export import hf_peft
 from peftcli.methods.lora import LoRA
 from tests import tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # peft's advice on its own options
 TASKS = {
     "llama": "causal_lm",
     "gpt2": "causal_lm",
