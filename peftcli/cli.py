@@ -58,6 +58,7 @@ TRAIN_HELP = """\
 *peft-train* train RUN_FOLDER [key=value ...]                    go on with a run that was stopped
 
   +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
+                      (its method and optimizer keys hold for its own choice of these)
   group=choice        model method quantization dataset trainer optimizer scheduler strategy logger
   key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'
   ~key  ++key=value   take a key out; set one that may be new
@@ -83,6 +84,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # threads that wait must sleep: spinning, two runs on the same cores take ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = dispatch(words)
         sys.stdout.flush()
@@ -133,9 +136,7 @@ def print_error(text: str) -> None:
 
 def page(text: str) -> str:
     """A help page; *words* are bold on a terminal."""
-    from peftcli import (
-        cards,
-    )  # here, since reading types takes a tenth of a second that --version need not
+    from peftcli import cards  # reads types for a tenth of a second, which --version need not
 
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for i in range(text.count("*")):

@@ -14,6 +14,7 @@ import math
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def load(
 # -- Typed -----------------------------------------------------------------------------------------
 def typed(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Run:
     """The checked `Run` of a configuration."""
-    tree = resolved(cfg)
-    check = Check(tree, list(config_dirs))
+    Check({}, list(config_dirs)).keys("", settings.Run, dict.fromkeys(map(str, cfg)))
+    check = Check(resolved(cfg), list(config_dirs))
     wrong: list[str] = []
     values: dict[str, Any] = {}
     for part in ("", *cards.GROUPS):
@@ -117,12 +118,8 @@ class Check:
 
     def top(self) -> dict[str, Any]:
         """The keys outside of groups."""
-        self.keys("", settings.Run, self.tree)
-        hints = _hints(settings.Run)
         values = {name: self.tree[name] for name in cards.TOP_KEYS}
-        self.values(
-            "", dataclasses.make_dataclass("Top", [(name, hints[name]) for name in values]), values
-        )
+        self.values("", _top(), values)
         if not NAME.fullmatch(values["name"]):
             raise ConfigError(
                 f"name={values['name']}: becomes a folder's name; letters, digits and . _ - only."
@@ -141,7 +138,7 @@ class Check:
         target = values.pop("_target_", None)
         if not isinstance(target, str):
             raise ConfigError(
-                f"{group}: its `_target_` is missing. Start from one of its files: {choices}."
+                f"{group}._target_ is missing. Start from one of its files: {choices}."
             )
         if group == "optimizer":
             return {group: self.optimizer(target, values)}
@@ -204,10 +201,10 @@ class Check:
 
         JSON's strictness: lists become tuples, whole numbers floats, and nothing else changes.
         """
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(values, default=str), strict=True)
+            return _adapter(cls).validate_json(json.dumps(values, default=str), strict=True)
         except ValidationError as e:
             hints = _hints(cls)
             wrong: dict[str, str] = {}
@@ -303,10 +300,26 @@ class Check:
         )
 
 
+@cache
+def _top() -> type:
+    """The keys of `Run` outside of groups, as a dataclass."""
+    hints = _hints(settings.Run)
+    return dataclasses.make_dataclass("Top", [(name, hints[name]) for name in cards.TOP_KEYS])
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    """Pydantic's checks of a dataclass."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
+
+
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
+@cache
 def _written(text: str) -> Any:
     """The value that a file's text stands for."""
     return yaml.safe_load(text) if text else None

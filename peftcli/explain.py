@@ -18,9 +18,17 @@ from peftcli.errors import ConfigError, did_you_mean
 from peftcli.suggest import ALIASES, nearest_keys
 
 
-def screen() -> Console:
-    """Standard output: this is the answer itself. Lines stay whole where it is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 10_000)
+class Output(Console):
+    """Standard output: what is shown here is the answer itself."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that went away to `main`, where rich would exit with 1."""
+        raise BrokenPipeError
+
+
+def screen() -> Output:
+    """Standard output; lines stay whole where it is no terminal."""
+    return Output(highlight=False, width=None if sys.stdout.isatty() else 10_000)
 
 
 def table(*header: str, rows: Sequence[Sequence[str]], title: str = "") -> Table:

@@ -17,10 +17,12 @@ from typing import Any
 from hydra import version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.default_element import GroupDefault, ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -35,6 +37,7 @@ from peftcli import cards
 from peftcli.errors import ConfigError
 from peftcli.hydra_words import VERBS, known_keys, our_words, unknown_flag
 
+OF_CLASSES = ("method", "optimizer")  # groups whose choices are classes with keys of their own
 Task = Callable[[DictConfig, Path], int]  # the configuration and its run folder -> exit code
 RUN_VERBS = VERBS[:5]  # those that take overrides
 
@@ -86,6 +89,33 @@ def _inside(config_path: str) -> str | None:
     return rest if head == "recipe" else None
 
 
+class Loader(ConfigLoaderImpl):
+    """Hydra's, but a recipe's keys of `method` and `optimizer` belong to its own choice of them.
+
+    Under another choice (`+recipe=lora_llama method=full`) they would mean something else or
+    nothing, so that one's own defaults hold.
+    """
+
+    def _compose_config_from_defaults_list(
+        self, defaults: list[ResultDefault], repo: IConfigRepository
+    ) -> DictConfig:
+        chosen = {d.override_key: (d.config_path or "").rpartition("/")[2] for d in defaults}
+        own: dict[str, Any] = dict(cards.defaults())
+        for path in [
+            d.config_path for d in defaults if (d.config_path or "").startswith("recipe/")
+        ]:
+            recipe = repo.load_config(str(path))  # this composition's own copy
+            assert recipe is not None
+            named = [
+                d for d in recipe.defaults_list or () if isinstance(d, GroupDefault) and d.override
+            ]
+            own |= {str(d.group).lstrip("/"): d.value for d in named}
+            for group in OF_CLASSES:
+                if isinstance(recipe.config, DictConfig) and own[group] != chosen.get(group):
+                    recipe.config.pop(group, None)
+        return super()._compose_config_from_defaults_list(defaults, repo)
+
+
 def open_hydra(config_dirs: Sequence[Path]) -> Hydra:
     """Hydra over our folders and the user's; theirs come first."""
     version.setbase("1.3")
@@ -101,7 +131,7 @@ def open_hydra(config_dirs: Sequence[Path]) -> Hydra:
         if folder.name == "recipes":  # a user's `recipe/` is a group as it is
             path.append("recipes", f"recipes://{folder.absolute()}")
     path.append("schema", "structured://")
-    return Hydra(task_name="train", config_loader=ConfigLoaderImpl(path))
+    return Hydra(task_name="train", config_loader=Loader(path))
 
 
 def compose(

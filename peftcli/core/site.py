@@ -85,9 +85,16 @@ def find_sites(
 
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with a weight matrix, by path, without the deltas' own."""
+    """Every module with a weight matrix, by path, without the deltas' own.
+
+    T5's and BART's `shared` is left out: its weight is looked up through the stacks' own tables.
+    """
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     for path, module in model.named_modules():
-        if weights.has_weight_matrix(module) and ".deltas." not in path:
+        if not weights.has_weight_matrix(module) or ".deltas." in path:
+            continue
+        twins = [t for t in tables if t is not module and t.weight is module.weight]
+        if not (path.rpartition(".")[2] == "shared" and twins):
             yield path, module
 
 

@@ -130,7 +130,7 @@ class Loop:
             path = self.save()
             raise Stopped(
                 f"stopped by {request} after step {self.progress.step} of {self.plan.total}; saved "
-                f"in {path}. The same command with run_dir={self.folder.path} goes on from there."
+                f"in {path}. `peft-train {self.folder.path}` goes on from there."
             ) from None
         finally:
             self.log.close()

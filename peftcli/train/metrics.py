@@ -56,7 +56,7 @@ class Metrics:
             values["perplexity"] = math.exp(min(loss, 700.0))
         if self.answers:
             values |= _classification_metrics(self.answers)
-        values |= {name: stream.compute().item() for name, stream in self.streams.items()}
+        values |= {name: _number(stream) for name, stream in self.streams.items()}
         return {k: v for k, v in values.items() if math.isfinite(v) or k == "loss"}
 
 
@@ -89,7 +89,12 @@ def _classification_metrics(answers: list[tuple[int, int]]) -> dict[str, float]:
     streams = _classification(int(max(predicted.max(), right.max())) + 1)
     for stream in streams.values():
         stream.update(predicted, right)
-    return {name: stream.compute().item() for name, stream in streams.items()}
+    return {name: _number(stream) for name, stream in streams.items()}
+
+
+def _number(stream: Any) -> float:
+    """A float32 result with the digits that it has."""
+    return float(f"{stream.compute().item():.7g}")
 
 
 def choose_best(name: str, task: Task, metrics: dict[str, float]) -> str:

@@ -151,6 +151,15 @@ def test_an_embedding_folds_and_starts_at_zero() -> None:
     torch.testing.assert_close(F.embedding(ids, W.T), delta(ids, layer))
 
 
+def test_every_table_that_t5_looks_up_is_a_site_and_no_other() -> None:
+    host = Host(tiny.models()["t5"]())
+    host.add(LoRA(r=2, target_modules=("embed",)))
+    assert [s.path for s in host.sites["default"]] == [
+        "encoder.embed_tokens",
+        "decoder.embed_tokens",
+    ]
+
+
 def test_dropout_acts_on_the_branch_while_training_alone() -> None:
     linear = nn.Linear(64, 64)
     layer, delta = grafted_layer(linear, LoRADelta(site_of(linear), 4, 1.0, dropout=0.5))
