@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -72,7 +72,7 @@ def build(run: Run, *, with_data: bool = True) -> Parts:
         loaded = load.load_model(
             source, run.model, task, dtype=dtype, labels=_classes(task, data), tokenizer=tokenizer
         )
-    host = Host(loaded.model.to(where), loaded.new_modules)
+    host = Host(cast(nn.Module, loaded.model).to(where), loaded.new_modules)
     if run.trainer.gradient_checkpointing:
         host.recompute_activations()
     packing, why_not = _choose_packing(run, task, host.model)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TextStreamer
@@ -27,7 +27,7 @@ def answer(parts: Parts, prompt: str | Messages, max_new_tokens: int, streamer: 
         torch.inference_mode(),
         torch.autocast(parts.device.type, parts.autocast, enabled=parts.autocast is not None),
     ):
-        out = parts.model.generate(
+        out = cast(Any, parts.model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,

@@ -41,7 +41,7 @@ def make_result(
 ) -> dict[str, Any]:
     """Everything about a finished run that a reader may ask for."""
     trained, total = parts.host.num_parameters()
-    config = OmegaConf.to_container(cfg, resolve=True)
+    config: Any = OmegaConf.to_container(cfg, resolve=True)
     return {
         "run_info": {
             "created_at": started.isoformat(timespec="seconds"),

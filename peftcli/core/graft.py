@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,11 +26,30 @@ def is_grafted(module: nn.Module) -> bool:
     return hasattr(type(module), "graft_of")
 
 
+def bare_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a grafted module had before."""
+    return cast(Any, type(module)).graft_of
+
+
+def deltas_of(module: nn.Module) -> dict[str, Delta]:
+    """The deltas on a module by their adapters' names; none on a bare one."""
+    return dict(cast(Any, module).deltas.items()) if is_grafted(module) else {}
+
+
+def active_of(module: nn.Module) -> tuple[str, ...]:
+    """The adapters that are switched on at a module, in the order in which they are bound."""
+    return cast(Any, module).active if is_grafted(module) else ()
+
+
+def activate(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Switch on exactly those of `names` that a grafted module has, bound in this order."""
+    cast(Any, module).active = tuple(n for n in names if n in cast(Any, module).deltas)
+
+
 def fold(layer: Layer, module: nn.Module) -> Layer:
     """`layer` with the module's active deltas bound on it, first to last."""
-    for name in module.active:
-        if name in module.deltas:
-            layer = Bound(module.deltas[name], layer)
+    for name in active_of(module):
+        layer = Bound(cast(Any, module).deltas[name], layer)
     return layer
 
 
@@ -65,27 +84,28 @@ def grafted(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    return grafted(cls).__new__(grafted(cls))
+    return cast(Any, grafted(cls)).__new__(grafted(cls))
 
 
 def graft(module: nn.Module, name: str, delta: Delta) -> None:
     """Put `delta` on the module under the adapter's `name`, switched on, in the module's mode."""
+    m = cast(Any, module)
     if not is_grafted(module):
-        module.deltas, module.active = nn.ModuleDict(), ()
-        module.__class__ = grafted(type(module))
-    if name in module.deltas:
-        raise ValueError(f"an adapter named {name!r} is already here; choose another name")
-    module.deltas[name] = delta.train(module.training)
-    module.active = (*module.active, name)
+        m.deltas, m.active = nn.ModuleDict(), ()
+        m.__class__ = grafted(type(module))
+    assert name not in m.deltas, f"{name} sits on this module already"
+    m.deltas[name] = delta.train(module.training)
+    m.active = (*m.active, name)
 
 
 def prune(module: nn.Module, name: str) -> None:
     """Take the adapter's delta off the module; without any left it is what it was before."""
-    del module.deltas[name]
-    module.active = tuple(n for n in module.active if n != name)
-    if not module.deltas:
-        module.__class__ = type(module).graft_of
-        del module.deltas, module.active
+    m = cast(Any, module)
+    del m.deltas[name]
+    m.active = tuple(n for n in m.active if n != name)
+    if not m.deltas:
+        m.__class__ = bare_class(module)
+        del m.deltas, m.active
 
 
 @contextmanager
@@ -94,11 +114,11 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
     ignores `state_dict=`).
     """
     held = [(m, type(m), m._modules.pop("deltas")) for m in list(model.modules()) if is_grafted(m)]
-    for module, cls, _ in held:
-        module.__class__ = cls.graft_of
+    for module, _, _ in held:
+        module.__class__ = bare_class(module)
     try:
         yield model
     finally:
         for module, cls, deltas in held:
             module.__class__ = cls
-            module.deltas = deltas
+            module._modules["deltas"] = deltas

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from peftcli.core import weights
 from peftcli.core.delta import Delta, NotMergeable
-from peftcli.core.graft import bare, fold, graft, is_grafted, prune
+from peftcli.core.graft import (
+    activate,
+    active_of,
+    bare,
+    bare_class,
+    deltas_of,
+    fold,
+    graft,
+    is_grafted,
+    prune,
+)
 from peftcli.core.layer import Bare
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
@@ -86,20 +96,23 @@ class Host:
 
     def graft(self, site: Site, delta: Delta) -> None:
         """Put the delta of the adapter that is being set up on its site, on the site's device."""
-        delta = delta.to(site.module.weight.device)
+        delta = delta.to(site.device)
         self.sites[self.building].append(site)
         if site.rows is None:
             graft(site.module, self.building, delta)
             return
-        if not is_grafted(site.module) or self.building not in site.module.deltas:
+        if self.building not in deltas_of(site.module):
             rows = RowsDelta(weights.shape(site.module)[0])
-            graft(site.module, self.building, rows.to(site.module.weight.device))
-        site.module.deltas[self.building].add(site.role, site.rows, delta)
+            graft(site.module, self.building, rows.to(site.device))
+        held = deltas_of(site.module)[self.building]
+        assert isinstance(held, RowsDelta)
+        assert site.role is not None
+        held.add(site.role, site.rows, delta)
 
     def delta(self, site: Site, name: str = "default") -> Delta:
         """The delta of the adapter at the site."""
-        held = site.module.deltas[name]
-        return held.parts[site.role] if site.rows else held
+        held = deltas_of(site.module)[name]
+        return held.part(site.role) if isinstance(held, RowsDelta) else held
 
     def deltas(self, name: str = "default") -> Iterator[tuple[Site, Delta]]:
         """Every site of the adapter with its delta, in the model's order."""
@@ -109,7 +122,7 @@ class Host:
     @property
     def active(self) -> tuple[str, ...]:
         """The adapters that are switched on, in the order in which they are bound."""
-        on = {n for m in self.model.modules() if is_grafted(m) for n in m.active}
+        on = {n for m in self.model.modules() for n in active_of(m)}
         return tuple(n for n in self.adapters if n in on)
 
     def activate(self, *names: str) -> None:
@@ -122,7 +135,7 @@ class Host:
                 )
         for module in self.model.modules():
             if is_grafted(module):
-                module.active = tuple(n for n in names if n in module.deltas)
+                activate(module, names)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -227,7 +240,7 @@ class Host:
         """
         folded: dict[str, tuple[Tensor, Tensor | None]] = {}
         for path, module in self._grafted():
-            layer = fold(Bare(module, type(module).graft_of), module)
+            layer = fold(Bare(module, bare_class(module)), module)
             try:
                 folded[path] = (layer.weight, layer.bias)
             except NotMergeable as e:
@@ -251,13 +264,13 @@ class Host:
             module = self.model.get_submodule(path)
             weights.write(module, W, b)
             if b is None and getattr(module, "bias", None) is not None:
-                module.bias = None
+                module.register_parameter("bias", None)
         self._unmerged = {}
         self.activate(*self.adapters)
 
     def _grafted(self) -> list[tuple[str, nn.Module]]:
         """Grafted modules with an active delta, by path."""
-        return [(p, m) for p, m in self.model.named_modules() if is_grafted(m) and m.active]
+        return [(p, m) for p, m in self.model.named_modules() if active_of(m)]
 
     def _refuse_shared(self, path: str, module: nn.Module) -> None:
         for other_path, other in self.model.named_modules(remove_duplicate=False):

@@ -21,10 +21,15 @@ class Layer(Protocol):
     B), the module's own kind of product with other matrices; layer.dtype, that of the last output.
     """
 
-    dtype: torch.dtype | None
-    is_plain: (
-        bool  # y = W x + b with a frozen dense W, so that a fused operation may stand in for it
-    )
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the bare module's last output."""
+        ...
+
+    @property
+    def is_plain(self) -> bool:
+        """y = W x + b with a frozen dense W, so that a fused operation may stand in for it."""
+        ...
 
     def __call__(self, x: Any) -> Any:
         """The layer's output for `x`."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -75,7 +75,8 @@ class Method:
 
     def setup(self, host: Host, batches: Iterable[Mapping[str, Any]] = ()) -> None:
         """Graft `build(site)` on every site of `target_modules`."""
-        for site in host.find(self.target_modules):  # a field of every method that builds deltas
+        targets = cast(Any, self).target_modules  # a field of every method that builds deltas
+        for site in host.find(targets):
             if (delta := self.build(site)) is not None:
                 host.graft(site, delta)
 

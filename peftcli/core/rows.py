@@ -4,6 +4,8 @@ weight.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,10 @@ class RowsDelta(Delta):
         self.parts[role] = delta
         self.register_buffer(f"index_{role}", index, persistent=False)
 
+    def part(self, role: str | None) -> Delta:
+        """The delta of the role."""
+        return cast(Delta, self.parts[role or ""])
+
     def index(self, role: str) -> Tensor:
         """The output rows (K,) of the role."""
         return self.get_buffer(f"index_{role}")
@@ -81,9 +87,9 @@ class RowsDelta(Delta):
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Each role's rows folded, the others as they are."""
-        for role, delta in self.parts.items():
+        for role in self.parts:
             index = self.index(role)
-            W_rows, b_rows = delta.merged(W[index], None if b is None else b[index])
+            W_rows, b_rows = self.part(role).merged(W[index], None if b is None else b[index])
             W = W.to(W_rows.dtype).index_copy(0, index, W_rows)
             if b is not None and b_rows is not None:
                 b = b.index_copy(0, index, b_rows.to(b.dtype))

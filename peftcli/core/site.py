@@ -36,6 +36,11 @@ class Site:
     groups: int = 1
 
     @property
+    def device(self) -> torch.device:
+        """Where the site's weight is."""
+        return next(self.module.parameters()).device
+
+    @property
     def weight(self) -> Tensor:
         """The site's dense weight (d_out, d_in)."""
         W = weights.dense(self.module).detach()

@@ -7,6 +7,9 @@ linear map of one-hot rows and so gives (D, V).
 
 from __future__ import annotations
 
+import math
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,11 +41,16 @@ def kind_of(module: nn.Module) -> str:
     return "conv" if isinstance(module, _ConvNd) else "linear"
 
 
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """The parameter as it is stored."""
+    return cast(nn.Parameter, module.weight)
+
+
 def dense(module: nn.Module) -> Tensor:
     """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage
     allows.
     """
-    weight = module.weight
+    weight = weight_of(module)
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
     return weight.flatten(1)
@@ -50,9 +58,10 @@ def dense(module: nn.Module) -> Tensor:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(O, I) of `dense(module)`, without touching the values."""
+    first, *rest = weight_of(module).shape
     if isinstance(module, Conv1D | nn.Embedding):
-        return module.weight.shape[1], module.weight.shape[0]
-    return module.weight.shape[0], module.weight[0].numel()
+        return rest[0], first
+    return first, math.prod(rest)
 
 
 @torch.no_grad()
@@ -60,14 +69,14 @@ def write(module: nn.Module, W: Tensor, b: Tensor | None) -> None:
     """Store the (O, I) matrix `W` and the bias `b` in the module; a module without a bias gains one
     where `b` is given.
     """
-    stored = W.T if isinstance(module, Conv1D | nn.Embedding) else W.reshape(module.weight.shape)
-    module.weight.copy_(stored)
+    weight, m = weight_of(module), cast(Any, module)
+    weight.copy_(W.T if isinstance(module, Conv1D | nn.Embedding) else W.reshape(weight.shape))
     if b is None:
         return
-    if module.bias is None:
-        module.bias = nn.Parameter(b.detach().to(module.weight.dtype).clone(), requires_grad=False)
+    if m.bias is None:
+        m.bias = nn.Parameter(b.detach().to(weight.dtype).clone(), requires_grad=False)
     else:
-        module.bias.copy_(b)
+        m.bias.copy_(b)
 
 
 def apply(module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:

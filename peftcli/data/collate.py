@@ -143,10 +143,8 @@ def packed_row(
         nonlocal start
         segment = Segment(start, start + len(part), prefix.start, prefix.stop)
         if len(part):
-            (
-                tokens.append(part),
-                positions.append(np.arange(first_position, first_position + len(part))),
-            )
+            tokens.append(part)
+            positions.append(np.arange(first_position, first_position + len(part)))
             segments.append(segment)
             start += len(part)
         return segment
@@ -206,7 +204,8 @@ def padded_rows(
         rows[i, :n] = np.concatenate([branch.prefix, branch.tail[:-1]])
         mask[i, :n] = 1
         column = np.flatnonzero(branch.targets) + len(branch.prefix) - 1
-        row_of.append(np.full(len(column), i)), column_of.append(column)
+        row_of.append(np.full(len(column), i))
+        column_of.append(column)
     row, column = np.concatenate(row_of), np.concatenate(column_of)
     counts = [int(b.targets.sum()) for b in branches]
     inputs: dict[str, Any] = {
@@ -270,17 +269,15 @@ def seq2seq_collator(pad: int, start: int, scoring: bool = False) -> Collator:
     """
 
     def collate(examples: Sequence[Example]) -> Batch:
-        sources: list[np.ndarray] = []
-        tails: list[np.ndarray] = []
-        counted: list[bool] = []
+        rows: list[tuple[np.ndarray, np.ndarray, bool]] = []  # source, target, counts for the loss
         choices: list[Choice] = []
         for e in examples:
-            sources.append(e["input_ids"]), tails.append(e["labels"]), counted.append(True)
+            rows.append((e["input_ids"], e["labels"], True))
             if scoring and e.get("choices"):
-                first = len(tails)
-                for tail in e["choices"]:
-                    sources.append(e["input_ids"]), tails.append(tail), counted.append(False)
-                choices.append(Choice(tuple(range(first, len(tails))), e["answer"]))
+                first = len(rows)
+                rows += [(e["input_ids"], tail, False) for tail in e["choices"]]
+                choices.append(Choice(tuple(range(first, len(rows))), e["answer"]))
+        sources, tails, counted = (list(column) for column in zip(*rows, strict=True))
         source, mask = _pad(sources, pad)
         decoder, decoder_mask = _pad([np.concatenate([[start], t[:-1]]) for t in tails], pad)
         row, column = torch.nonzero(decoder_mask, as_tuple=True)

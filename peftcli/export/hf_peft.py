@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from peftcli.core.graft import deltas_of
 from peftcli.core.host import Host
 from peftcli.core.method import Method
 from peftcli.errors import DataError, NonFinite
@@ -83,7 +84,7 @@ def _tensors(host: Host, name: str) -> dict[str, Tensor]:
     method, tensors = host.adapters[name], {}
     for path in dict.fromkeys(site.path for site in host.sites[name]):
         module = host.model.get_submodule(path)
-        for key, tensor in method.hf_module(module, module.deltas[name]).items():
+        for key, tensor in method.hf_module(module, deltas_of(module)[name]).items():
             tensors[f"{PREFIX}{path}.{key}"] = tensor
     for path in host.saved_modules:
         for key, tensor in host.model.get_submodule(path).state_dict().items():
@@ -162,7 +163,7 @@ def load(host: Host, folder: Path, name: str = "default") -> None:
 
 
 def _method(config: Mapping[str, Any], tensors: Iterable[str]) -> Method:
-    cls = READABLE[config["peft_type"]]
+    cls: Any = READABLE[config["peft_type"]]
     targets = config["target_modules"]
     fields = {ours: config[theirs] for ours, theirs in cls.hf_fields.items() if theirs in config}
     whole = (

@@ -52,7 +52,8 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
         x_TI, h_TR, W, A, B = ctx.saved_tensors
         dy_TO = dy.reshape(-1, dy.shape[-1])
         u_TR = (dy_TO @ B.to(dy.dtype)).mul_(ctx.scale)

@@ -11,7 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+from transformers import PreTrainedModel
 
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
@@ -50,9 +52,10 @@ class Full(Method):
                     f"method.freeze: {pattern!r} is found in no parameter's name of this model."
                 )
             frozen |= matched
+        model = cast(PreTrainedModel, host.model)
         if not self.train_embeddings:
-            frozen |= set(host.model.get_input_embeddings().parameters())
-        head = host.model.get_output_embeddings()
+            frozen |= set(model.get_input_embeddings().parameters())
+        head = model.get_output_embeddings()
         if not self.train_head and head is not None:
             frozen |= set(head.parameters())
         return frozen

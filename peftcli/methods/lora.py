@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcli.core import weights
 from peftcli.core.delta import Delta, WeightDelta
+from peftcli.core.graft import deltas_of
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
@@ -65,7 +66,8 @@ class LoRADelta(WeightDelta):
     def start_from(self, B: Tensor, A: Tensor) -> None:
         """Start at these factors of a part of W, which the delta then takes the place of."""
         with torch.no_grad():
-            self.A.copy_(A), self.B.copy_(B)
+            self.A.copy_(A)
+            self.B.copy_(B)
         self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,8 @@ def _default(delta: LoRADelta, site: Site, r: int) -> None:
     columns of A.
     """
     if site.kind == "embedding":
-        nn.init.zeros_(delta.A), nn.init.normal_(delta.B)
+        nn.init.zeros_(delta.A)
+        nn.init.normal_(delta.B)
     else:
         nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5))
 
@@ -242,7 +245,7 @@ class LoRA(Method):
         modules = {path: host.model.get_submodule(path) for path in paths}
         ranks, alphas = {}, {}
         for path, module in modules.items():
-            A, _, scale = _whole(module.deltas[name])
+            A, _, scale = _whole(deltas_of(module)[name])
             ranks[path] = A.shape[0]
             alphas[path] = scale * (math.sqrt(A.shape[0]) if self.use_rslora else A.shape[0])
         r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
@@ -269,7 +272,7 @@ def _whole(delta: Delta) -> tuple[Tensor, Tensor, float]:
     if isinstance(delta, LoRADelta):
         return *delta.factors(), delta.scale
     assert isinstance(delta, RowsDelta), type(delta)
-    parts = [(delta.index(role), *_whole(part)) for role, part in delta.parts.items()]
+    parts = [(delta.index(role), *_whole(delta.part(role))) for role in delta.parts]
     scale, rank = parts[0][3], sum(A.shape[0] for _, A, _, _ in parts)
     B = parts[0][2].new_zeros(delta.d_out, rank)
     column = 0

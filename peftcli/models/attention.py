@@ -93,7 +93,7 @@ def use_packed_attention(model: nn.Module) -> None:
     has three).
     """
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = NAME
 
@@ -120,7 +120,7 @@ def can_pack(model: nn.Module, max_length: int) -> str | None:
         model.train(was_training)
 
 
-def _probe(model: nn.Module) -> str | None:
+def _probe(model: Any) -> str | None:
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(9, device=device)[None] % model.config.get_text_config().vocab_size
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]], device=device)

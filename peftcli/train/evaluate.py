@@ -5,7 +5,7 @@ answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,15 @@ from peftcli.settings import Task
 from peftcli.train import objective
 from peftcli.train.metrics import Metrics
 
+
+class Indexed(Protocol):
+    """Examples by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Any: ...
+
+
 Tick = Callable[[int], None]
 
 
@@ -23,7 +32,7 @@ Tick = Callable[[int], None]
 def evaluate(
     model: nn.Module,
     task: Task,
-    examples: Sequence[Any],
+    examples: Indexed,
     lengths: np.ndarray,
     collate: Collator,
     batch_size: int,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from peftcli.data.collate import Batch, Collator, Example
 from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.settings import Task, Trainer
 from peftcli.train import checkpoint, device, metrics, objective, optim, streams
+from peftcli.train.evaluate import Indexed
 from peftcli.train.folder import MetricsLog, RunFolder, write_json
 from peftcli.train.signals import Stopper, StopRequested
 
@@ -92,7 +93,7 @@ class Loop:
     task: Task
     settings: Trainer
     plan: Plan
-    examples: Sequence[Example]
+    examples: Indexed
     lengths: np.ndarray
     collate: Collator
     optimizer: Optimizer

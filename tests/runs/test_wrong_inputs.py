@@ -1,5 +1,5 @@
-"""Wrong inputs of thirty kinds: one clear message that names the cause, the documented exit code, no
-traceback, and nothing lost.
+"""Wrong inputs of forty kinds: one clear message that names the cause, the documented exit code,
+no traceback, and nothing lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import pytest
 
 from tests.conftest import Cli
 
-LINE = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+LINE = json.dumps({"messages": TURNS})
 
 
 def broken_line(tmp_path: Path) -> str:
@@ -31,7 +32,9 @@ def empty(tmp_path: Path) -> str:
 
 
 def latin1(tmp_path: Path) -> str:
-    (tmp_path / "latin.jsonl").write_bytes(LINE.replace('"b"', '"caf\xe9"').encode("latin-1") + b"\n")
+    (tmp_path / "latin.jsonl").write_bytes(
+        LINE.replace('"b"', '"caf\xe9"').encode("latin-1") + b"\n"
+    )
     return "dataset.path=latin.jsonl"
 
 

@@ -79,7 +79,7 @@ MakeLoop = Callable[..., Loop]
 
 @pytest.fixture
 def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
-    """Builds loops over the tiny Llama; keyword arguments are the trainer's, or the few named here."""
+    """Builds loops over the tiny Llama; further keyword arguments are the trainer's."""
     with Stopper() as stopper:
 
         def make(
