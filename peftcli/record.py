@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,6 +102,6 @@ def versions() -> dict[str, str]:
     return installed
 
 
-def digest(config: Mapping[str, Any] | Any) -> str:
-    """Hash of a configuration."""
-    return hashlib.sha256(OmegaConf.to_yaml(OmegaConf.create(config)).encode()).hexdigest()
+def digest(config: Any) -> str:
+    """Hash of a configuration, of plain values."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

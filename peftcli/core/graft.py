@@ -80,7 +80,7 @@ def grafted(cls: type[nn.Module]) -> type[nn.Module]:
         "graft_of": cls,
         "__reduce_ex__": lambda self, _: (_rebuild, (cls,), self.__dict__),  # deepcopy and pickle
     }
-    return type(cls)(cls.__name__, (cls,), body)
+    return cast(Any, type(cls))(cls.__name__, (cls,), body)
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

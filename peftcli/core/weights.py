@@ -29,9 +29,8 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     weight.
     """
     forward_is_stock = cls.forward in (nn.Linear.forward, Conv1D.forward)
-    return (
-        forward_is_stock and module.weight.is_floating_point() and not module.weight.requires_grad
-    )
+    weight = weight_of(module)
+    return forward_is_stock and weight.is_floating_point() and not weight.requires_grad
 
 
 def kind_of(module: nn.Module) -> str:

@@ -51,7 +51,7 @@ class _LoRALinear(torch.autograd.Function):
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[override]  # its signature is torch's own
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         x_TI, h_TR, W, A, B = ctx.saved_tensors

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.core import weights
 from peftcli.core.delta import Delta, WeightDelta
 from peftcli.core.graft import deltas_of
 from peftcli.core.layer import Layer
@@ -232,11 +232,9 @@ class LoRA(Method):
         A, B, _ = _whole(delta)
         if isinstance(module, nn.Embedding):
             return {"lora_embedding_A": A, "lora_embedding_B": B}
-        if weights.kind_of(module) == "conv":
-            A, B = (
-                A.view(A.shape[0], -1, *module.kernel_size),
-                B.view(*B.shape, *[1] * len(module.kernel_size)),
-            )
+        if isinstance(module, _ConvNd):
+            A = A.view(A.shape[0], -1, *module.kernel_size)
+            B = B.view(*B.shape, *[1] * len(module.kernel_size))
         return {"lora_A.weight": A, "lora_B.weight": B}
 
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _by_length(lengths: np.ndarray, batch_size: int) -> Iterator[list[int]]:
 
 @torch.inference_mode()
 def answer_freely(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     examples: Sequence[Any],
     max_new_tokens: int,

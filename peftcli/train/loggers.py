@@ -94,5 +94,6 @@ def make_sink(run: Run, folder: Path, cfg: DictConfig, step: int) -> Sink:
     if run.logger.name == "tensorboard":
         return TensorBoard(folder, step)
     if run.logger.name == "wandb":
-        return Wandb(run.logger, folder, run.name, OmegaConf.to_container(cfg, resolve=True))
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        return Wandb(run.logger, folder, run.name, config)
     return Nothing()

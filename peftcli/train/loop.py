@@ -161,7 +161,7 @@ class Loop:
         loss = self._forward_backward(batches)
         self.method.after_backward(self.host, t)
         norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.progress.nonfinite = 0

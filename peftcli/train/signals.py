@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 from peftcli.errors import Stopped
 
@@ -24,7 +25,7 @@ class Stopper:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._held: dict[int, object] = {}
+        self._held: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
         """Take over the signals."""
