@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftcli.models.attention import Segment
+from peftcli.kernels.packed_attention import Segment
 from peftcli.settings import Task
 
 Example = Mapping[str, Any]

@@ -9,8 +9,7 @@ layer.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,58 +17,33 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from peftcli.kernels.packed_attention import Segment, Segments, packed_attention
+
 NAME = "peftcli_packed"
 
 
-class Segment(NamedTuple):
-    """Tokens [start, stop) of a row, which see [prefix_start, prefix_stop) too, the whole of
-    another segment.
-
-    The segments of a row follow one another without gaps.
-    """
-
-    start: int
-    stop: int
-    prefix_start: int = 0
-    prefix_stop: int = 0
-
-
-def packed_attention(
+def packed_rows(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segments: tuple[Segment, ...] | None = None,
+    segments: Segments | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row (1, H, T, D), segment by segment; stock sdpa where no `segments`
-    are given.
-    """
+    """Attention of a packed row (1, H, T, D) -> (1, T, H, D); stock sdpa without `segments`."""
     if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        stock = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **stock)
     assert query.shape[0] == 1, "a packed row stands alone"
     assert query.shape[2] == key.shape[2], "a packed row has no cache"
     assert attention_mask is None, "a packed row takes no mask"
-    # split, not slices: the backward pass of a slice fills a whole row with zeros
-    lengths = [segment.stop - segment.start for segment in segments]
-    parts = [t.split(lengths, 2) for t in (query, key, value)]
-    index = {segment.start: i for i, segment in enumerate(segments)}
-    outputs = []
-    for segment, q, k, v in zip(segments, *parts, strict=True):
-        mask = None
-        if segment.prefix_stop > segment.prefix_start:
-            prefix = index[segment.prefix_start]
-            mask = _behind_prefix(lengths[prefix], q.shape[2], q.device)
-            k, v = torch.cat([parts[1][prefix], k], 2), torch.cat([parts[2][prefix], v], 2)
-        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(outputs, 1), None
-
-
-@lru_cache(maxsize=4096)
-def _behind_prefix(P: int, T: int, device: torch.device) -> Tensor:
-    """(1, 1, T, P + T): every token sees the P of the prefix, and its own segment causally."""
-    return torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)[None, None]
+    if kwargs.get("softcap") or kwargs.get("position_bias") is not None:
+        raise ValueError("packed rows have no softcap and no position bias")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return packed_attention(query, key, value, segments, scale, dropout), None
 
 
 def packed_mask(
@@ -84,7 +58,7 @@ def packed_mask(
 
 
 # Both: a name without a mask function gets no mask at all, and padding is ignored silently.
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(NAME, packed_rows)
 AttentionMaskInterface.register(NAME, packed_mask)
 
 
