@@ -146,7 +146,8 @@ def test_sigint_in_the_first_moments_ends_with_75_and_no_traceback(
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert process.returncode in (75, 0), err
+        unborn = process.returncode == -signal.SIGINT and not err  # python itself was not up yet
+        assert unborn or process.returncode in (75, 0), err
         assert "Traceback" not in err
 
 
