@@ -51,8 +51,10 @@ class _LoRALinear(torch.autograd.Function):
         return y_TO.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[override]  # its signature is torch's own
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         x_TI, h_TR, W, A, B = ctx.saved_tensors
         dy_TO = dy.reshape(-1, dy.shape[-1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,8 @@ def test_the_bare_base_reloads_whole(method: str, model: str, tmp_path: Path) ->
     host = adapted(method, model)
     with host.bare() as base:
         base.save_pretrained(tmp_path)
-    again, info = type(tiny.models()[model]()).from_pretrained(tmp_path, output_loading_info=True)
+    cls: Any = type(tiny.models()[model]())
+    again, info = cls.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again.config.architectures == [type(again).__name__]

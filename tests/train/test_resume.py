@@ -96,6 +96,7 @@ def test_a_signal_during_evaluation_is_obeyed(
 ) -> None:
     loop = make_loop(folder=tmp_path / "again", **OPTIONS)
     plain = loop.evaluate
+    assert plain is not None
 
     def evaluate():
         if loop.progress.step == 5:
