@@ -73,7 +73,7 @@ def fingerprint(source: Source, cache: Path) -> str:
     for path in paths:
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        hashes[key] = known.get(key) or _sha256(path)
+        hashes[key] = known.get(key) or sha256(path)
     if not hashes.keys() <= known.keys():
         write_whole(known_file, json.dumps(known | hashes, indent=1))
     if len(hashes) == 1:
@@ -99,7 +99,8 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(file.name, path)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -12,7 +12,6 @@ files, byte for byte.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from peftcli.core.host import Host
 from peftcli.errors import DataError
+from peftcli.models.source import sha256
 from peftcli.train import streams
 
 FORMAT = 1
@@ -135,12 +135,6 @@ def _is_plain(value: Any) -> bool:
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
     return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
