@@ -18,6 +18,7 @@ from peftcli.data.examples import Data, Examples
 from peftcli.data.prepare import prepare
 from peftcli.errors import ConfigError
 from peftcli.models import attention, load
+from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
 from peftcli.train import device, streams
@@ -39,6 +40,7 @@ class Parts:
     host: Host
     packing: bool
     why_not_packed: str | None
+    head: nn.Linear | None  # of a language model, where the loss can be taken in it
 
     @property
     def model(self) -> nn.Module:
@@ -76,8 +78,9 @@ def build(run: Run, *, with_data: bool = True) -> Parts:
     if run.trainer.gradient_checkpointing:
         host.recompute_activations()
     packing, why_not = _choose_packing(run, task, host.model)
+    head = direct_head(host.model) if task in ("causal_lm", "seq2seq") else None
     return Parts(
-        run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not
+        run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not, head
     )
 
 

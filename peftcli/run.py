@@ -86,6 +86,7 @@ def make_loop(
         examples=data.train,
         lengths=data.train.lengths,
         collate=collator(parts),
+        head=parts.head,
         optimizer=optimizer,
         scheduler=optim.make_scheduler(run.scheduler, optimizer, plan.total),
         folder=folder,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -107,6 +107,7 @@ class Loop:
     evaluate: Callable[[], dict[str, float]] | None
     publish_best: Callable[[dict[str, float]], Any]
     group_by_length: bool = False
+    head: nn.Linear | None = None  # takes the loss itself: see `objective.loss_sum`
     progress: Progress = field(default_factory=Progress)
 
     def fit(self) -> Progress:
@@ -187,7 +188,9 @@ class Loop:
         total = 0.0
         for batch in batches:
             with torch.autocast(where.type, self.autocast, enabled=self.autocast is not None):
-                loss = objective.loss_sum(self.task, self.host.model, batch.to(where)) / num_targets
+                there = batch.to(where)
+                loss = objective.loss_sum(self.task, self.host.model, there, self.head)
+                loss = loss / num_targets
             loss.backward()
             total += loss.item()
         if (penalty := self.method.penalty(self.host)) is not None:

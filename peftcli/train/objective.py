@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.data.collate import Batch
+from peftcli.kernels.linear_cross_entropy import linear_cross_entropy
+from peftcli.models.head import answering
 from peftcli.settings import Task
 
 
@@ -30,12 +32,25 @@ def losses(task: Task, logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def loss_sum(task: Task, model: nn.Module, batch: Batch) -> Tensor:
-    """The batch's summed loss, for the backward pass."""
+def loss_sum(task: Task, model: nn.Module, batch: Batch, head: nn.Linear | None = None) -> Tensor:
+    """The batch's summed loss, for the backward pass. `head`, a language model's whose output is
+    its logits (`models.head`), takes the loss itself unless a method stands on it.
+    """
+    if type(head) is nn.Linear:
+        return _loss_in_head(model, batch, head)
     logits = predict(model, batch)
     if task == "regression":
         return losses(task, logits, batch.targets).sum()
     return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+def _loss_in_head(model: nn.Module, batch: Batch, head: nn.Linear) -> Tensor:
+    def answer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = hidden.squeeze(0) if batch.select is None else hidden[batch.select]
+        return linear_cross_entropy(rows, weight, bias, batch.targets)
+
+    with answering(head, answer):
+        return model(**batch.inputs).logits
 
 
 def describe(task: Task) -> dict[str, Any]:

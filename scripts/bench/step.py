@@ -51,12 +51,14 @@ def _ours(folder: Path, ids: Any, dtype: Any) -> Step:
     from peftcli.data.collate import causal_collator
     from peftcli.methods.lora import LoRA
     from peftcli.models.attention import use_packed_attention
+    from peftcli.models.head import direct_head
     from peftcli.train import objective
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     host = Host(model)
     host.add(LoRA(r=16, alpha=32.0, target_modules="all-linear"))
     use_packed_attention(model)
+    head = direct_head(model)
     model.train()
     rows = [
         {"id": i, "input_ids": row.numpy().astype(np.int32), "supervised": np.ones(len(row), bool)}
@@ -68,7 +70,7 @@ def _ours(folder: Path, ids: Any, dtype: Any) -> Step:
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = objective.loss_sum("causal_lm", model, batch) / batch.num_targets
+            loss = objective.loss_sum("causal_lm", model, batch, head) / batch.num_targets
         loss.backward()
         optimizer.step()
         return loss.item()

@@ -14,6 +14,7 @@ from peftcli.core.host import Host
 from peftcli.data.collate import make_collator
 from peftcli.methods.lora import LoRA
 from peftcli.models.attention import use_packed_attention
+from peftcli.models.head import direct_head
 from peftcli.settings import Optimizer, Scheduler, Trainer
 from peftcli.train import loggers, optim, streams
 from peftcli.train.evaluate import evaluate
@@ -116,6 +117,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 examples=examples,
                 lengths=examples.lengths,
                 collate=make_collator("causal_lm", packing=packing),
+                head=direct_head(host.model),
                 optimizer=optimizer,
                 scheduler=optim.make_scheduler(Scheduler(), optimizer, plan.total),
                 folder=run_folder,

@@ -1,0 +1,68 @@
+"""Cross entropy of a linear head, summed over targets, without ever holding all logits.
+
+Blocks of rows go through the head one after the other; a block's logits become its probabilities
+and then its gradient in place, and leave through the head again, so that the forward pass already
+holds dL/dh and the backward pass only scales it. With V words, T targets and blocks of R rows the
+largest temporary is (R, V) instead of several (T, V).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK_ROWS = 256  # 50 MB of float32 logits at 49,152 words; larger blocks are no faster
+
+
+def linear_cross_entropy_ref(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
+    """sum_t -log softmax(W h_t + b)[target_t]. h (T, D), W (V, D), b (V,), targets (T,) -> ()."""
+    return F.cross_entropy(F.linear(h, W, b).float(), targets, reduction="sum")
+
+
+def linear_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
+    """sum_t -log softmax(W h_t + b)[target_t]. h (T, D), W (V, D) frozen, b (V,) frozen, targets
+    (T,) -> (), float32 or wider.
+
+    A head that is trained itself, or a call without gradients, takes the plain way.
+    """
+    trained = W.requires_grad or (b is not None and b.requires_grad)
+    if trained or not (torch.is_grad_enabled() and h.requires_grad):
+        return linear_cross_entropy_ref(h, W, b, targets)
+    device = h.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+    with torch.autocast(device, enabled=False):
+        bias = None if b is None else b.to(dtype)
+        return _LinearCrossEntropy.apply(h.to(dtype), W.to(dtype), bias, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
+        wide = torch.promote_types(h.dtype, torch.float32)
+        dh_TD = torch.empty_like(h)
+        total = torch.zeros((), dtype=wide, device=h.device)
+        for at in range(0, len(h), BLOCK_ROWS):
+            rows = slice(at, at + BLOCK_ROWS)
+            target_R1 = targets[rows, None]
+            z_RV = F.linear(h[rows], W, b).to(wide)
+            z_RV -= z_RV.amax(1, keepdim=True)
+            shifted_R1 = z_RV.gather(1, target_R1)
+            norm_R1 = z_RV.exp_().sum(1, keepdim=True)
+            total += (norm_R1.log() - shifted_R1).sum()
+            z_RV /= norm_R1
+            z_RV.scatter_add_(1, target_R1, -torch.ones_like(shifted_R1))
+            torch.mm(z_RV.to(h.dtype), W, out=dh_TD[rows])
+        ctx.save_for_backward(dh_TD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (dh_TD,) = ctx.saved_tensors
+        return dh_TD * grad_outputs[0].to(dh_TD.dtype), None, None, None
