@@ -23,6 +23,7 @@ from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
 from peftcli.train import device, streams
 from peftcli.train.evaluate import answer_freely, evaluate
+from peftcli.train.preview import Preview
 
 
 @dataclass
@@ -78,7 +79,8 @@ def build(run: Run, *, with_data: bool = True) -> Parts:
     if run.trainer.gradient_checkpointing:
         host.recompute_activations()
     packing, why_not = _choose_packing(run, task, host.model)
-    head = direct_head(host.model) if task in ("causal_lm", "seq2seq") else None
+    fused = task in ("causal_lm", "seq2seq") and not run.method.lays_tokens
+    head = direct_head(host.model) if fused else None
     return Parts(
         run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not, head
     )
@@ -109,7 +111,9 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
     if wanted is False:
         return False, "dataset.packing=false"
     reason: str | None = f"the task is {task}"
-    if task == "causal_lm":
+    if run.method.lays_tokens:
+        reason = f"{type(run.method).__name__} lays tokens of its own before each example"
+    elif task == "causal_lm":
         attention.use_packed_attention(model)
         reason = attention.can_pack(model, run.dataset.max_length)
     if wanted is True and reason:
@@ -119,8 +123,26 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
 
 def adapt(parts: Parts) -> None:
     """Set the run's method up on the model, drawing from the stream `init`."""
+    was_training = parts.model.training
     with streams.stream(parts.run.seed, "init"):
-        parts.host.add(parts.run.method)
+        parts.host.add(parts.run.method, data=_preview(parts))
+    parts.model.train(was_training)
+
+
+def _preview(parts: Parts) -> Preview | None:
+    if parts.data is None:
+        return None
+    return Preview(
+        parts.model,
+        parts.task,
+        parts.data.train,
+        collator(parts),
+        parts.run.trainer.per_device_train_batch_size,
+        parts.run.seed,
+        parts.device,
+        parts.autocast,
+        parts.head,
+    )
 
 
 def collator(parts: Parts, scoring: bool = False) -> Collator:

@@ -89,6 +89,11 @@ def typed(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Run:
     return settings.Run(**values)
 
 
+def method_of(values: Mapping[str, Any]) -> Any:
+    """The checked method of a mapping with its `_target_`, as adapters' files hold it."""
+    return Check({"method": dict(values)}, []).group("method")["method"]
+
+
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """Plain values, every interpolation looked up and nothing missing."""
     try:

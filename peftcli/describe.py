@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from peftcli.build import Parts
+from peftcli.core.graft import is_own
 from peftcli.data.examples import Data
 from peftcli.errors import ConfigError
 from peftcli.screen import console, duration, facts, grid, size
@@ -104,7 +105,7 @@ def _side(counts: Mapping[str, Any]) -> str:
 
 
 def _added(host: Any) -> int:
-    return sum(p.numel() for n, p in host.model.named_parameters() if ".deltas." in n)
+    return sum(p.numel() for n, p in host.model.named_parameters() if is_own(n))
 
 
 def _options(method: Any) -> str:
@@ -177,7 +178,7 @@ def results(parts: Parts, progress: Progress, folder: RunFolder, file_size: int)
     if progress.last:
         shown = {"before": progress.first, "after": progress.last}
         metrics("held-out results", {k: v for k, v in shown.items() if v})
-    what = "model" if parts.run.method.trains_base else "adapter"
+    what = "model" if parts.run.method.publishes_model else "adapter"
     facts(
         "written",
         {

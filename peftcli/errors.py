@@ -24,6 +24,10 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class NotApplicable(ConfigError):  # noqa: N818 - a property of the method
+    """The method does not apply to this model: nothing to train there, or no place for it."""
+
+
 class DataError(UserError):
     """A data file, an adapter or a checkpoint is missing, broken or of the wrong kind."""
 

@@ -19,7 +19,7 @@ from peftcli import config, describe, record, resume
 from peftcli.build import Parts, adapt, build, collator, evaluator
 from peftcli.chat import answer_all, chat
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
-from peftcli.export import compare, hf_peft, publish
+from peftcli.export import adapter, compare, publish
 from peftcli.screen import LiveScreen, log_to, say
 from peftcli.settings import Run
 from peftcli.train import loggers, optim, streams
@@ -199,13 +199,13 @@ def trained_parts(run: Run, folder: Path | None, *, with_data: bool = True) -> P
     """
     if folder is None:
         return build(run, with_data=with_data)
-    adapter = RunFolder(folder).adapter
-    if run.method.trains_base:  # the whole model was published
+    published = RunFolder(folder).adapter
+    if run.method.publishes_model:  # the whole model was published
         return build(
-            replace(run, model=replace(run.model, name_or_path=str(adapter))), with_data=with_data
+            replace(run, model=replace(run.model, name_or_path=str(published))), with_data=with_data
         )
     parts = build(run, with_data=with_data)
-    hf_peft.load(parts.host, adapter)
+    adapter.load(parts.host, published)
     return parts
 
 

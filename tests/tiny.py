@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE, Unigram, WordPiece
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -128,6 +128,24 @@ def vit() -> PreTrainedModel:
 def models() -> dict[str, Callable[[], PreTrainedModel]]:
     """Builders by name; each call gives a new model with the same weights, in evaluation mode."""
     return {"llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit}
+
+
+def quantised(model: PreTrainedModel, kind: str) -> PreTrainedModel:
+    """The model with its blocks' linears in bitsandbytes' 4 bits (`nf4`) or 8 bits (`int8`)."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or path == "lm_head":
+            continue
+        sizes, bias = (module.in_features, module.out_features), module.bias is not None
+        if kind == "nf4":
+            new: nn.Module = Linear4bit(*sizes, bias, compute_dtype=torch.float32, quant_type="nf4")
+        else:
+            new = Linear8bitLt(*sizes, bias, has_fp16_weights=False)
+        new.load_state_dict(module.state_dict())
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new.to("cpu"))
+    return model.eval()
 
 
 def batch(name: str, rows: int = 2, length: int = 9) -> dict[str, Tensor]:

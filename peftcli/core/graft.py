@@ -20,6 +20,13 @@ from transformers import PreTrainedModel
 from peftcli.core.delta import Delta
 from peftcli.core.layer import Bare, Bound, Layer
 
+SHARED = "deltas_shared"  # child of the model that holds what several deltas use
+
+
+def is_own(name: str) -> bool:
+    """Whether the name of a module or tensor belongs to an adapter, not to the base."""
+    return any(part in ("deltas", SHARED) for part in name.split("."))
+
 
 def is_grafted(module: nn.Module) -> bool:
     """Whether deltas sit on the module."""
@@ -113,6 +120,7 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it was before grafting, for saving the base (a quantised `save_pretrained`
     ignores `state_dict=`).
     """
+    shared = model._modules.pop(SHARED, None)
     held = [(m, type(m), m._modules.pop("deltas")) for m in list(model.modules()) if is_grafted(m)]
     for module, _, _ in held:
         module.__class__ = bare_class(module)
@@ -122,3 +130,5 @@ def bare(model: nn.Module) -> Iterator[nn.Module]:
         for module, cls, deltas in held:
             module.__class__ = cls
             module._modules["deltas"] = deltas
+        if shared is not None:
+            model._modules[SHARED] = shared

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftcli.core import weights
 from peftcli.core.delta import Delta, NotMergeable
 from peftcli.core.graft import (
+    SHARED,
     activate,
     active_of,
     bare,
@@ -22,12 +23,14 @@ from peftcli.core.graft import (
     fold,
     graft,
     is_grafted,
+    is_own,
     prune,
 )
 from peftcli.core.layer import Bare
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
-from peftcli.core.site import Site, find_sites
+from peftcli.core.scores import Calibration
+from peftcli.core.site import Site, find_places, find_sites
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.roles import layout
 
@@ -54,11 +57,10 @@ class Host:
             self.train_module(path)
 
     # -- adapters ----------------------------------------------------------------------------------
-    def add(
-        self, method: Method, name: str = "default", batches: Iterable[Mapping[str, Any]] = ()
-    ) -> None:
+    def add(self, method: Method, name: str = "default", data: Calibration | None = None) -> None:
         """Adapt the model by `method` under `name`, on top of the adapters that are there, and
-        switch it on.
+        switch it on. `data` is for methods that look at the task before they start; an adapter
+        that is read from a file has none. A method that does not apply leaves the model as it was.
         """
         if name in self.adapters:
             raise ConfigError(f"an adapter named {name!r} is already here; choose another name")
@@ -66,14 +68,18 @@ class Host:
             raise ConfigError("adapters are merged into the weights; unmerge before adding another")
         self.adapters[name], self.sites[name], self.matched[name] = method, [], {}
         self.building = name
-        method.setup(self, batches)
-        for module in method.modules_to_save:
-            for path in self._modules_named(module):
-                self.train_module(path)
+        try:
+            method.setup(self, data)
+            for module in method.modules_to_save:
+                for path in self._modules_named(module):
+                    self.train_module(path)
+        except ConfigError:
+            self.remove(name)
+            raise
 
     def _modules_named(self, name: str) -> list[str]:
         """Paths of the modules with this path or last name."""
-        paths = [p for p, _ in self.model.named_modules() if p and ".deltas" not in p]
+        paths = [p for p, _ in self.model.named_modules() if p and not is_own(p)]
         found = [p for p in paths if p == name or p.endswith("." + name)]
         if not found:
             hint = did_you_mean(name, {p.rsplit(".", 1)[-1] for p in paths})
@@ -86,6 +92,11 @@ class Host:
         """Take the adapter's deltas off the model."""
         for path in {site.path for site in self.sites[name]}:
             prune(self.model.get_submodule(path), name)
+        shared = self._shared()
+        if name in shared:
+            del shared[name]
+        if not shared:
+            self.model._modules.pop(SHARED, None)
         del self.adapters[name], self.sites[name], self.matched[name]
 
     def find(self, targets: str | Sequence[str]) -> list[Site]:
@@ -93,6 +104,31 @@ class Host:
         sites, counts = find_sites(self.model, self.layout, targets)
         self.matched[self.building] = counts
         return sites
+
+    def places(self, kind: str) -> list[Site]:
+        """Every `norm`, `attention`, `mlp` or `block` as a site, or the `model` itself; remembers
+        how many.
+        """
+        sites = find_places(self.model, self.layout, kind)
+        self.matched[self.building][kind] = len(sites)
+        return sites
+
+    def share(self, module: nn.Module) -> nn.Module:
+        """Keep parameters or buffers that several deltas of the adapter that is being set up use.
+        The deltas hold it in a tuple, so that it is saved and counted once.
+        """
+        held = self._shared()
+        self.model._modules[SHARED] = held
+        held[self.building] = module
+        return module
+
+    def shared(self, name: str = "default") -> nn.Module:
+        """What the adapter's deltas share."""
+        return self._shared()[name]
+
+    def _shared(self) -> nn.ModuleDict:
+        held = self.model._modules.get(SHARED)
+        return held if isinstance(held, nn.ModuleDict) else nn.ModuleDict()
 
     def graft(self, site: Site, delta: Delta) -> None:
         """Put the delta of the adapter that is being set up on its site, on the site's device."""
@@ -170,6 +206,25 @@ class Host:
             parameter.requires_grad_(True)
             self._selected.add(name)
 
+    def freeze(self, names: Iterable[str]) -> None:
+        """Let selected parameters rest: they keep their values and stay in the state, get no
+        gradient and no update.
+        """
+        for name in names:
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def thaw(self, names: Iterable[str]) -> None:
+        """Train selected parameters again."""
+        for name in names:
+            self.model.get_parameter(name).requires_grad_(True)
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """Names of the base's own parameters that train or may train, sorted."""
+        return tuple(sorted(self._selected))
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Everything that trains, by name in sorted order, so that every rank sees the same; tied
         tensors once.
@@ -206,10 +261,25 @@ class Host:
         """What a checkpoint holds of the model: the deltas' parameters and buffers and the selected
         weights, by name.
         """
-        names = {n for n in self.model.state_dict() if ".deltas." in n or n.startswith("deltas.")}
+        names = {n for n in self.model.state_dict() if is_own(n)}
         names |= self._selected
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {n: tensors[n].detach() for n in sorted(names) if n in tensors}
+
+    def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
+        """What a file holds of one adapter: its part of `state()`, under names without `name`, and
+        the selected weights.
+        """
+        tensors = {}
+        for full, tensor in self.state().items():
+            parts = full.split(".")
+            if is_own(full):
+                at = next(i for i, part in enumerate(parts) if part in ("deltas", SHARED)) + 1
+                if parts[at] != name:
+                    continue
+                del parts[at]
+            tensors[".".join(parts)] = tensor
+        return tensors
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -240,6 +310,12 @@ class Host:
         """
         folded: dict[str, tuple[Tensor, Tensor | None]] = {}
         for path, module in self._grafted():
+            if weights.is_quantised(module):
+                raise ConfigError(
+                    f"{path} is stored in 4 or 8 bits: merging would round the adapter away. Keep "
+                    "it apart (--to adapter), or merge into the original weights "
+                    "(quantization=none)."
+                )
             layer = fold(Bare(module, bare_class(module)), module)
             try:
                 folded[path] = (layer.weight, layer.bias)

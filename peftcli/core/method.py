@@ -2,7 +2,7 @@
 
 The life cycle, the only order there is:
 
-    setup(host, batches)      once, before sharding: importance scores, initialisations from data,
+    setup(host, data)         once, before sharding: importance scores, initialisations from data,
     choose sites, graft
     stages() -> (Stage, ...)  default one; a stage names what trains, for how long
     param_groups(host, lr, weight_decay)   default: matrices decay, vectors do not
@@ -21,17 +21,20 @@ every rank in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peftcli.core.delta import Delta
+from peftcli.core.graft import deltas_of
 from peftcli.core.site import Site
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
+    from peftcli.core.scores import Calibration
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,27 @@ class Stage:
 
 @dataclass(frozen=True)
 class Method:
-    """Hyper-parameters and hooks; see the module's docstring for the life cycle."""
+    """Hyper-parameters and hooks; see the module's docstring for the life cycle.
+
+    `peft_type`, `hf_fields` and the `hf_*` hooks speak of Hugging Face peft's file format, where it
+    can hold what the method trained; else the adapter is written in our own, which needs no code.
+    """
 
     family: ClassVar[str] = ""
     peft_type: ClassVar[str | None] = None  # name in Hugging Face peft, where it has the method
     hf_fields: ClassVar[Mapping[str, str]] = {}  # our field: peft's field
+    hf_harmless: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # peft's fields that do not change what a loaded adapter computes
     starts_at_base: ClassVar[bool] = (
         True  # before the first step the adapted model computes what the base does
     )
     trains_base: ClassVar[bool] = (
-        False  # trains weights of the base itself, so they are kept in float32
+        False  # trains most weights of the base itself, so all are kept in float32
     )
+    publishes_model: ClassVar[bool] = False  # what others get is the whole model, not an adapter
+    lays_tokens: ClassVar[bool] = False  # lays tokens of its own before a row: rows are not packed
+    on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
 
     modules_to_save: tuple[
         str, ...
@@ -73,12 +86,27 @@ class Method:
         """The delta of one site, or None to leave it alone."""
         raise NotImplementedError
 
-    def setup(self, host: Host, batches: Iterable[Mapping[str, Any]] = ()) -> None:
-        """Graft `build(site)` on every site of `target_modules`."""
+    def setup(self, host: Host, data: Calibration | None = None) -> None:
+        """Graft `build(site)` on every site of `target_modules`. Raises `NotApplicable` where the
+        model has no place for the method.
+
+        `data` shows the task's first batches; it is None when an adapter is read from a file, whose
+        tensors then take the place of what `setup` drew.
+        """
         targets = cast(Any, self).target_modules  # a field of every method that builds deltas
         for site in host.find(targets):
             if (delta := self.build(site)) is not None:
                 host.graft(site, delta)
+
+    def published(self, host: Host, name: str) -> Method:
+        """The method as an adapter's file names it: what the data decided in `setup` (ranks, sites)
+        is written out, so that the shapes are the same without them.
+        """
+        return self
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> Optimizer | None:
+        """An optimizer that belongs to the method, over `param_groups`; None: the run's own."""
+        return None
 
     def stages(self) -> tuple[Stage, ...]:
         """The parts of the training, in order."""
@@ -111,6 +139,10 @@ class Method:
     def finish(self, host: Host) -> None:
         """Before export."""
 
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """Why Hugging Face peft's format cannot hold this adapter, or None where it can."""
+        return None if self.peft_type else "peft has no such method"
+
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:
         """Fields of peft's `adapter_config.json` beyond those that `hf_fields` renames."""
         return {}
@@ -119,6 +151,27 @@ class Method:
         """The tensors of one module's delta under peft's keys; loading writes into them."""
         tensors = {**dict(delta.named_parameters()), **dict(delta.named_buffers())}
         return {theirs: tensors[ours] for ours, theirs in delta.hf_keys.items()}
+
+    def hf_tensors(self, host: Host, name: str) -> dict[str, Tensor]:
+        """All tensors of the adapter under peft's keys, without its prefix; loading writes into
+        them.
+        """
+        tensors = {}
+        for path in dict.fromkeys(site.path for site in host.sites[name]):
+            module = host.model.get_submodule(path)
+            for key, tensor in self.hf_module(module, deltas_of(module)[name]).items():
+                tensors[f"{path}.{key}"] = tensor
+        return tensors
+
+    def load_hf(self, host: Host, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copy peft's tensors, named and shaped as in `hf_tensors`, into the deltas."""
+        for key, place in self.hf_tensors(host, name).items():
+            place.copy_(tensors[key])
+
+    @classmethod
+    def reads_hf(cls, config: Mapping[str, Any]) -> bool:
+        """Whether this method is the one that peft's configuration of `peft_type` means."""
+        return True
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:

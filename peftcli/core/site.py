@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftcli.core import weights
+from peftcli.core.graft import is_own
 from peftcli.errors import ConfigError, nearest
 from peftcli.models.roles import Layout
 
@@ -27,7 +29,7 @@ class Site:
 
     path: str
     module: nn.Module
-    kind: str  # linear | conv | embedding
+    kind: str  # linear | conv | embedding, or a place: norm | attention | mlp | block | model
     d_in: int
     d_out: int
     role: str | None = None
@@ -89,6 +91,40 @@ def find_sites(
     return sorted(found.values(), key=lambda s: (order[s.path], s.rows or ())), counts
 
 
+def find_places(model: nn.Module, layout: Layout, kind: str) -> list[Site]:
+    """Every norm, attention, mlp or block, or the `model` itself, in the model's order.
+
+    `d_in` and `d_out` are both the width of what goes through: the outermost module of a kind
+    stands for what it holds (BERT's attention around its self-attention), and a norm's width is
+    that of its scale.
+    """
+    modules = dict(model.named_modules())
+    paths = [p for p, role in layout.names.items() if role == kind]
+    inner = {p for p in paths if kind != "norm" and any(_inside(p, q) for q in paths)}
+    sites = []
+    for path in (p for p in paths if p not in inner):
+        module = modules[path]
+        if kind == "norm" and getattr(module, "weight", None) is None:
+            continue
+        width = weights.shape(module)[0] if kind == "norm" else _width(path, modules, layout)
+        tower = (path, module, kind, width, width, kind, layout.block_of(path))
+        sites.append(Site(*tower))
+    return sites
+
+
+def _inside(path: str, other: str) -> bool:
+    return path != other and path.startswith(other + ".")
+
+
+def _width(path: str, modules: Mapping[str, nn.Module], layout: Layout) -> int:
+    """Features of what a place gives: those of its last o or down, else the model's hidden size."""
+    ends = [p for p, role in layout.names.items() if role in ("o", "down") and _inside(p, path)]
+    if path and ends:
+        return weights.shape(modules[ends[-1]])[0]
+    config: Any = cast(Any, modules[""]).config
+    return config.get_text_config().hidden_size
+
+
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module with a weight matrix, by path, without the deltas' own.
 
@@ -96,7 +132,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     for path, module in model.named_modules():
-        if not weights.has_weight_matrix(module) or ".deltas." in path:
+        if not weights.has_weight_matrix(module) or is_own(path):
             continue
         twins = [t for t in tables if t is not module and t.weight is module.weight]
         if not (path.rpartition(".")[2] == "shared" and twins):

@@ -2,7 +2,8 @@
 
 Every weight is shown to the equations as a dense (O, I) matrix: a convolution's kernel is flattened
 to (O, I/groups * kernel), GPT-2's `Conv1D` gives its transpose, an embedding table (V, D) is the
-linear map of one-hot rows and so gives (D, V).
+linear map of one-hot rows and so gives (D, V), a norm's scale (C,) gives (C, 1). Weights in
+bitsandbytes' 4 or 8 bits are shown dequantised, exactly as their own product sees them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,14 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """
     forward_is_stock = cls.forward in (nn.Linear.forward, Conv1D.forward)
     weight = weight_of(module)
-    return forward_is_stock and weight.is_floating_point() and not weight.requires_grad
+    if not forward_is_stock or is_quantised(module):
+        return False
+    return weight.is_floating_point() and not weight.requires_grad
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the weight is stored in bitsandbytes' 4 or 8 bits."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
 
 def kind_of(module: nn.Module) -> str:
@@ -49,14 +57,28 @@ def dense(module: nn.Module) -> Tensor:
     """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage
     allows.
     """
-    weight = weight_of(module)
+    weight: Any = weight_of(module)
+    if is_quantised(module):
+        return _dequantised(module, weight)
     if isinstance(module, Conv1D | nn.Embedding):
         return weight.T
-    return weight.flatten(1)
+    return weight[:, None] if weight.ndim == 1 else weight.flatten(1)
+
+
+def _dequantised(module: Any, weight: Any) -> Tensor:
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB  # moves at the first call
+    return weight.data.to(scales.dtype) * (scales / 127.0)[:, None]
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(O, I) of `dense(module)`, without touching the values."""
+    if is_quantised(module):
+        linear = cast(nn.Linear, module)
+        return linear.out_features, linear.in_features
     first, *rest = weight_of(module).shape
     if isinstance(module, Conv1D | nn.Embedding):
         return rest[0], first

@@ -11,7 +11,7 @@ from pathlib import Path
 from peftcli.build import Parts
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError
-from peftcli.export import hf_peft
+from peftcli.export import adapter
 
 
 def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
@@ -20,12 +20,12 @@ def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
     """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    if parts.run.method.trains_base:
+    if parts.run.method.publishes_model:
         save_model(parts, aside)
         num_bytes = sum(p.stat().st_size for p in aside.glob("*.safetensors"))
     else:
         base = parts.run.model.name_or_path
-        num_bytes = hf_peft.save(
+        num_bytes = adapter.save(
             parts.host, "default", aside, parts.task, base, parts.run.model.revision
         )
         _save_tokenizer(parts, aside)
@@ -67,10 +67,10 @@ def card(parts: Parts, metrics: Mapping[str, float]) -> str:
     measured = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
     load = (
         "AutoModelForCausalLM.from_pretrained(FOLDER)"
-        if run.method.trains_base
+        if run.method.publishes_model
         else "PeftModel.from_pretrained(base, FOLDER)"
     )
-    library = "transformers" if run.method.trains_base else "peft"
+    library = "transformers" if run.method.publishes_model else "peft"
     base_line = (
         f"base_model: {run.model.name_or_path}\n" if ":" not in run.model.name_or_path else ""
     )

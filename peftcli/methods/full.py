@@ -9,17 +9,18 @@ the last place of a bfloat16 weight, and would be lost.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from transformers import PreTrainedModel
 
+from peftcli.core.graft import is_own
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
+    from peftcli.core.scores import Calibration
 
 
 @dataclass(frozen=True)
@@ -28,17 +29,17 @@ class Full(Method):
 
     family: ClassVar[str] = "selective"
     trains_base: ClassVar[bool] = True
+    publishes_model: ClassVar[bool] = True
+    on_quantised: ClassVar[bool] = False
 
     freeze: tuple[str, ...] = ()
     train_embeddings: bool = True
     train_head: bool = True
 
-    def setup(self, host: Host, batches: Iterable[Mapping[str, Any]] = ()) -> None:
+    def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Select every parameter that nothing freezes; tied tensors once."""
         frozen = self._frozen(host)
-        names = [
-            n for n, p in host.model.named_parameters() if p not in frozen and ".deltas." not in n
-        ]
+        names = [n for n, p in host.model.named_parameters() if p not in frozen and not is_own(n)]
         host.matched[host.building] = {"all weights": len(names)}
         host.select(names)
 

@@ -168,6 +168,10 @@ class LoRA(Method):
         "dropout": "lora_dropout",
         "use_rslora": "use_rslora",
     }
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        "fan_in_fan_out init_lora_weights rank_pattern alpha_pattern megatron_core loftq_config"
+        " eva_config corda_config lora_ga_config qalora_group_size".split()
+    )
 
     r: Annotated[int, Ge(1)] = 8
     alpha: Annotated[float, Gt(0)] = 16.0
@@ -259,7 +263,14 @@ class LoRA(Method):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Ranks and alphas of single modules."""
+        """Ranks and alphas of single modules. Raises ValueError for factors that were saved
+        relative to a changed base.
+        """
+        if (init := config.get("init_lora_weights")) in ("pissa", "olora", "corda"):
+            raise ValueError(
+                f"saved relative to a changed base (init_lora_weights={init!r}); convert it in "
+                "peft first (path_initial_model_for_weight_conversion)."
+            )
         return {key: dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def answering(
     head: nn.Linear, answer: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 ) -> Iterator[None]:
     """Within, the head gives `answer(hidden, weight, bias)` in place of its logits."""
-    head.forward = lambda hidden: answer(hidden, head.weight, head.bias)
+    cast(Any, head).forward = lambda hidden: answer(hidden, head.weight, head.bias)
     try:
         yield
     finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.train import device
 
@@ -62,7 +63,7 @@ def _matrix_parameters(model: nn.Module) -> int:
     return sum(
         p.numel()
         for n, p in model.named_parameters()
-        if p.ndim == 2 and id(p) not in tables and ".deltas." not in n
+        if p.ndim == 2 and id(p) not in tables and not is_own(n)
     )
 
 

@@ -35,6 +35,8 @@ def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> O
     groups = method.param_groups(host, settings.lr, settings.weight_decay)
     if not groups:
         raise ConfigError("nothing trains: the method leaves no trainable parameter on this model.")
+    if (own := method.optimizer(groups)) is not None:
+        return own
     try:
         return cls(groups, lr=settings.lr, weight_decay=settings.weight_decay, **kwargs)
     except (TypeError, ValueError, RuntimeError) as e:

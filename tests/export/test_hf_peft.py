@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from peftcli.core.host import Host
 from peftcli.errors import DataError, NonFinite
-from peftcli.export import hf_peft
+from peftcli.export import adapter
 from peftcli.methods.lora import LoRA
 from tests import tiny
 
@@ -57,7 +57,7 @@ def test_stock_peft_computes_the_same_with_our_adapter(
     model: str, variant: str, tmp_path: Path
 ) -> None:
     host = trained(model, VARIANTS[variant])
-    hf_peft.save(host, "default", tmp_path, TASKS[model], "base")
+    adapter.save(host, "default", tmp_path, TASKS[model], "base")
     theirs = peft.PeftModel.from_pretrained(tiny.models()[model](), tmp_path)
     torch.testing.assert_close(
         outputs(theirs, model), outputs(host.model, model), atol=2e-6, rtol=1e-5
@@ -68,9 +68,9 @@ def test_stock_peft_computes_the_same_with_our_adapter(
 @pytest.mark.parametrize("model", TASKS)
 def test_our_adapter_loads_again(model: str, variant: str, tmp_path: Path) -> None:
     host = trained(model, VARIANTS[variant])
-    hf_peft.save(host, "default", tmp_path, TASKS[model], "base")
+    adapter.save(host, "default", tmp_path, TASKS[model], "base")
     again = Host(tiny.models()[model]())
-    hf_peft.load(again, tmp_path)
+    adapter.load(again, tmp_path)
     torch.testing.assert_close(
         outputs(again.model, model), outputs(host.model, model), atol=2e-6, rtol=1e-5
     )
@@ -93,7 +93,7 @@ def test_an_adapter_from_stock_peft_loads_here(model: str, tmp_path: Path) -> No
         }
     )
     config = peft.LoraConfig(
-        r=2, lora_alpha=3, target_modules=names, task_type=hf_peft.TASK_TYPES[TASKS[model]]
+        r=2, lora_alpha=3, target_modules=names, task_type=adapter.TASK_TYPES[TASKS[model]]
     )
     theirs = peft.get_peft_model(tiny.models()[model](), config)
     torch.manual_seed(2)
@@ -103,7 +103,7 @@ def test_an_adapter_from_stock_peft_loads_here(model: str, tmp_path: Path) -> No
                 p.normal_(std=0.1)
     theirs.save_pretrained(tmp_path)
     host = Host(tiny.models()[model]())
-    hf_peft.load(host, tmp_path)
+    adapter.load(host, tmp_path)
     torch.testing.assert_close(
         outputs(host.model, model), outputs(theirs, model), atol=2e-6, rtol=1e-5
     )
@@ -115,7 +115,7 @@ def test_embeddings_and_convolutions_cross_too(tmp_path: Path) -> None:
         "vit": (r".*patch_embeddings\.projection",),
     }.items():
         host = trained(model, LoRA(r=2, target_modules=targets))
-        hf_peft.save(host, "default", tmp_path / model, TASKS[model], "base")
+        adapter.save(host, "default", tmp_path / model, TASKS[model], "base")
         theirs = peft.PeftModel.from_pretrained(tiny.models()[model](), tmp_path / model)
         torch.testing.assert_close(
             outputs(theirs, model), outputs(host.model, model), atol=2e-6, rtol=1e-5
@@ -125,8 +125,8 @@ def test_embeddings_and_convolutions_cross_too(tmp_path: Path) -> None:
 def test_the_written_file_is_the_same_each_time(tmp_path: Path) -> None:
     host = trained("llama", LoRA())
     for name in ("a", "b"):
-        hf_peft.save(host, "default", tmp_path / name, "causal_lm", "base")
-    a, b = ((tmp_path / n / hf_peft.WEIGHTS).read_bytes() for n in ("a", "b"))
+        adapter.save(host, "default", tmp_path / name, "causal_lm", "base")
+    a, b = ((tmp_path / n / adapter.WEIGHTS).read_bytes() for n in ("a", "b"))
     assert a == b
 
 
@@ -135,44 +135,44 @@ def test_an_adapter_with_a_number_that_is_not_finite_is_not_published(tmp_path: 
     with torch.no_grad():
         next(iter(host.trained().values()))[0, 0] = float("nan")
     with pytest.raises(NonFinite, match="not published"):
-        hf_peft.save(host, "default", tmp_path, "causal_lm", "base")
-    assert not (tmp_path / hf_peft.WEIGHTS).exists()
+        adapter.save(host, "default", tmp_path, "causal_lm", "base")
+    assert not (tmp_path / adapter.WEIGHTS).exists()
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    hf_peft.save(trained("llama", LoRA()), "default", tmp_path, "causal_lm", "base")
+def folder(tmp_path: Path) -> Path:
+    adapter.save(trained("llama", LoRA()), "default", tmp_path, "causal_lm", "base")
     return tmp_path
 
 
 def refused(folder: Path, match: str) -> None:
     with pytest.raises(DataError, match=match):
-        hf_peft.load(Host(tiny.models()["llama"]()), folder)
+        adapter.load(Host(tiny.models()["llama"]()), folder)
 
 
-def test_a_truncated_file_is_refused(adapter: Path) -> None:
-    weights = adapter / hf_peft.WEIGHTS
+def test_a_truncated_file_is_refused(folder: Path) -> None:
+    weights = folder / adapter.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(adapter, "is damaged")
+    refused(folder, "is damaged")
 
 
-def test_missing_and_unknown_tensors_are_refused(adapter: Path) -> None:
-    tensors = load_file(adapter / hf_peft.WEIGHTS)
+def test_missing_and_unknown_tensors_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / adapter.WEIGHTS)
     key = next(iter(tensors))
-    save_file({k: v for k, v in tensors.items() if k != key}, adapter / hf_peft.WEIGHTS)
-    refused(adapter, "lacks 1 tensors")
+    save_file({k: v for k, v in tensors.items() if k != key}, folder / adapter.WEIGHTS)
+    refused(folder, "lacks 1 tensors")
     save_file(
-        {**tensors, "base_model.model.x.lora_A.weight": torch.zeros(1)}, adapter / hf_peft.WEIGHTS
+        {**tensors, "base_model.model.x.lora_A.weight": torch.zeros(1)}, folder / adapter.WEIGHTS
     )
-    refused(adapter, "has unknown 1 tensors")
+    refused(folder, "has unknown 1 tensors")
 
 
-def test_options_that_are_not_supported_are_named(adapter: Path) -> None:
-    config = json.loads((adapter / hf_peft.CONFIG).read_text())
-    (adapter / hf_peft.CONFIG).write_text(json.dumps({**config, "use_dora": True}))
-    refused(adapter, "use_dora")
-    (adapter / hf_peft.CONFIG).write_text(json.dumps({**config, "peft_type": "XLORA"}))
-    refused(adapter, "'XLORA' is not one of LORA")
+def test_options_that_are_not_supported_are_named(folder: Path) -> None:
+    config = json.loads((folder / adapter.CONFIG).read_text())
+    (folder / adapter.CONFIG).write_text(json.dumps({**config, "use_dora": True}))
+    refused(folder, "use_dora")
+    (folder / adapter.CONFIG).write_text(json.dumps({**config, "peft_type": "XLORA"}))
+    refused(folder, "'XLORA' is not one of LORA")
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:

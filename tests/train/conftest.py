@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ import pytest
 import torch
 
 from peftcli.core.host import Host
-from peftcli.data.collate import make_collator
+from peftcli.core.method import Method
+from peftcli.data.collate import Batch, Example, make_collator
+from peftcli.errors import Stopped
 from peftcli.methods.lora import LoRA
 from peftcli.models.attention import use_packed_attention
 from peftcli.models.head import direct_head
 from peftcli.settings import Optimizer, Scheduler, Trainer
-from peftcli.train import loggers, optim, streams
+from peftcli.train import checkpoint, loggers, optim, streams
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import MetricsLog, RunFolder
 from peftcli.train.loop import Loop, Plan
+from peftcli.train.preview import Preview
 from peftcli.train.signals import Stopper
 from tests import tiny
 
@@ -92,16 +97,23 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             seed: int = 0,
             held_out: Examples | None = None,
             lr: float = 1e-2,
+            method: Method | None = None,
             **trainer: Any,
         ) -> Loop:
             examples = examples or chats(22)
             host = Host(tiny.models()["llama"]())
-            method = LoRA(r=2, dropout=dropout, target_modules="all-linear")
-            with streams.stream(seed, "init"):
-                host.add(method)
+            method = method or LoRA(r=2, dropout=dropout, target_modules="all-linear")
+            packing = packing and not method.lays_tokens
             if packing:
                 use_packed_attention(host.model)
+            head = None if method.lays_tokens else direct_head(host.model)
             settings = Trainer(**{"per_device_train_batch_size": 4, "max_steps": 12, **trainer})
+            collate = make_collator("causal_lm", packing=packing)
+            size = settings.per_device_train_batch_size
+            cpu = torch.device("cpu")
+            data = Preview(host.model, "causal_lm", examples, collate, size, seed, cpu, head=head)
+            with streams.stream(seed, "init"):
+                host.add(method, data=data)
             plan = Plan.of(settings, len(examples))
             optimizer = optim.make_optimizer(Optimizer("torch.optim.AdamW", lr, 0.01), method, host)
             run_folder = RunFolder(folder or tmp_path / "run")
@@ -116,8 +128,8 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 plan=plan,
                 examples=examples,
                 lengths=examples.lengths,
-                collate=make_collator("causal_lm", packing=packing),
-                head=direct_head(host.model),
+                collate=collate,
+                head=head,
                 optimizer=optimizer,
                 scheduler=optim.make_scheduler(Scheduler(), optimizer, plan.total),
                 folder=run_folder,
@@ -135,6 +147,47 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             )
 
         yield make
+
+
+OPTIONS = {
+    "held_out": chats(7, 9),
+    "eval_steps": 5,
+    "dropout": 0.2,
+    "gradient_accumulation_steps": 2,
+}
+
+
+def interrupted(
+    make_loop: MakeLoop,
+    folder: Path,
+    at: list[int],
+    number: int = signal.SIGTERM,
+    **options: Any,
+) -> Loop:
+    """Start again and again; a signal comes in the middle of each of the steps `at`."""
+    while True:
+        loop = make_loop(folder=folder, **(options or OPTIONS))
+        newest, skipped = checkpoint.newest(loop.folder.checkpoints)
+        assert not skipped
+        if newest is not None:
+            loop.restore(newest)
+        if not at:
+            loop.fit()
+            return loop
+        plain, when = loop.collate, at.pop(0)
+
+        def collate(
+            examples: Sequence[Example], loop: Loop = loop, plain: Any = plain, when: int = when
+        ) -> Batch:
+            if loop.progress.step == when and loop.stopper.received is None:
+                os.kill(os.getpid(), number)
+            return plain(examples)
+
+        loop.collate = collate
+        with pytest.raises(Stopped) as stopped:
+            loop.fit()
+        assert stopped.value.exit_code == 75
+        loop.stopper.received = None
 
 
 @pytest.fixture(autouse=True)

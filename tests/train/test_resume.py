@@ -12,7 +12,7 @@ import torch
 
 from peftcli.errors import DataError, NonFinite, Stopped
 from peftcli.train import checkpoint
-from tests.train.conftest import MakeLoop, chats
+from tests.train.conftest import OPTIONS, MakeLoop, interrupted
 
 
 def outcome(loop: object) -> tuple[dict[str, torch.Tensor], list[dict], list[bytes]]:
@@ -35,46 +35,11 @@ def same(a: tuple, b: tuple) -> None:
     assert a[2] == b[2]
 
 
-OPTIONS = {
-    "held_out": chats(7, 9),
-    "eval_steps": 5,
-    "dropout": 0.2,
-    "gradient_accumulation_steps": 2,
-}
-
-
 @pytest.fixture
 def straight(make_loop: MakeLoop, tmp_path: Path) -> tuple:
     loop = make_loop(folder=tmp_path / "straight", **OPTIONS)
     loop.fit()
     return outcome(loop)
-
-
-def interrupted(
-    make_loop: MakeLoop, folder: Path, at: list[int], number: int = signal.SIGTERM
-) -> object:
-    """Start again and again; a signal comes in the middle of each of the steps `at`."""
-    while True:
-        loop = make_loop(folder=folder, **OPTIONS)
-        newest, skipped = checkpoint.newest(loop.folder.checkpoints)
-        assert not skipped
-        if newest is not None:
-            loop.restore(newest)
-        if not at:
-            loop.fit()
-            return loop
-        plain, when = loop.collate, at.pop(0)
-
-        def collate(examples, loop=loop, plain=plain, when=when):
-            if loop.progress.step == when and loop.stopper.received is None:
-                os.kill(os.getpid(), number)
-            return plain(examples)
-
-        loop.collate = collate
-        with pytest.raises(Stopped) as stopped:
-            loop.fit()
-        assert stopped.value.exit_code == 75
-        loop.stopper.received = None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
