@@ -142,6 +142,8 @@ def _preview(parts: Parts) -> Preview | None:
         parts.device,
         parts.autocast,
         parts.head,
+        parts.tokenizer,
+        parts.data.labels or (),
     )
 
 

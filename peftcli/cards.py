@@ -6,6 +6,7 @@ The verbs `methods` and `explain`, and every error message, read from here. No t
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import re
 import types
@@ -30,7 +31,7 @@ GROUPS = tuple(
 TOP_KEYS = {f.name: f for f in dataclasses.fields(settings.Run) if f.name not in GROUPS}
 _LINE = re.compile(
     r"""(?P<key>\w+):\s*
-        (?P<value>"(?:[^"\\]|\\.)*" | '[^']*' | \[[^\]]*\] | \{[^}]*\} | [^#]*?)\s*
+        (?P<value>"(?:[^"\\]|\\.)*" | '[^']*' | \[[^\]]*\] | \{(?:[^{}]|\{[^{}]*\})*\} | [^#]*?)\s*
         (?:\#\s?(?P<comment>.*))?$""",
     re.VERBOSE,
 )
@@ -253,6 +254,7 @@ def _fields_in_source(target: str) -> Iterator[tuple[str, str]]:
                 yield item.target.id, _evaluated(annotation)
 
 
+@cache
 def _evaluated(annotation: str) -> str:
     """An annotation of our own source in words; as it stands where it uses names of its own."""
     names = {**vars(typing), **vars(annotated_types)}
@@ -263,12 +265,26 @@ def _evaluated(annotation: str) -> str:
 
 
 @cache
-def _class_source(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
-    module, _, name = target.rpartition(".")
+def _tree(module: str) -> ast.Module | None:
+    """A file of ours, parsed."""
+    text = _source(module)
+    return ast.parse(text) if text else None
+
+
+@cache
+def _source(module: str) -> str:
+    """The text of a file of ours; empty for a module that is not ours."""
     path = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
     if not module.startswith("peftcli.") or not path.is_file():
+        return ""
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def _class_source(target: str) -> tuple[ast.Module, ast.ClassDef] | None:
+    module, _, name = target.rpartition(".")
+    if (tree := _tree(module)) is None:
         return None
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     classes = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     cls = next(classes, None)
     return (tree, cls) if cls is not None else None
@@ -290,19 +306,117 @@ def paper(target: str) -> str:
 
 def family(target: str) -> str:
     """The family of a method, its own or its base's."""
+    return class_value(target, "family") or ""
+
+
+def class_value(target: str, name: str) -> Any:
+    """What a class says of itself under `name`, or its first base that does; None where none
+    does, or where it depends on the options (a property).
+    """
+    for _, cls, _ in _ancestry(target):
+        for item in cls.body:
+            if isinstance(item, ast.FunctionDef) and item.name == name:
+                return None
+            if isinstance(item, ast.AnnAssign) and ast.unparse(item.target) == name:
+                with contextlib.suppress(ValueError):
+                    return ast.literal_eval(item.value) if item.value else None
+    return None
+
+
+def _ancestry(target: str) -> Iterator[tuple[str, ast.ClassDef, ast.Module]]:
+    """(module, class, file) of a class of ours and its bases of ours, nearest first."""
     source = _class_source(target)
     if source is None:
-        return ""
+        return
     tree, cls = source
-    for item in cls.body:
-        if (
-            isinstance(item, ast.AnnAssign)
-            and isinstance(item.target, ast.Name)
-            and item.target.id == "family"
-        ):
-            return str(ast.literal_eval(item.value)) if item.value else ""
-    bases = [_origin(tree, base.id) for base in cls.bases if isinstance(base, ast.Name)]
-    return next((found for base in bases if base and (found := family(base))), "")
+    module = target.rpartition(".")[0]
+    yield module, cls, tree
+    for base in cls.bases:
+        if isinstance(base, ast.Name):
+            yield from _ancestry(_origin(tree, base.id) or f"{module}.{base.id}")
+
+
+def _modules_of(target: str) -> dict[str, ast.Module]:
+    """The files that a method is made of: its own, and those of peftcli.methods that it imports."""
+    found: dict[str, ast.Module] = {}
+    waiting = [target.rpartition(".")[0]]
+    while waiting:
+        module = waiting.pop()
+        if module in found or (tree := _tree(module)) is None:
+            continue
+        found[module] = tree
+        waiting += [
+            node.module
+            for node in tree.body
+            if isinstance(node, ast.ImportFrom)
+            and (node.module or "").startswith("peftcli.methods.")
+            and node.module is not None
+        ]
+    return found
+
+
+DELTA, FOLDING = "peftcli.core.delta.Delta", "peftcli.core.delta.WeightDelta"
+_PRE_PASS = re.compile(r"\b(each_gradient|mean_gradients|each_input|data\.batches)\(")
+
+
+def folds(target: str) -> bool:
+    """Whether the method's equation says how it folds into a weight; what trains the base's own
+    weights has nothing to fold.
+    """
+    if class_value(target, "family") == "selective":
+        return True
+    deltas = [
+        [f"{m}.{c.name}" for m, c, _ in _ancestry(f"{module}.{node.name}")]
+        for module, tree in _modules_of(target).items()
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    ]
+    return any(
+        DELTA in names and (FOLDING in names or _defines_merged(names[:-1])) for names in deltas
+    )
+
+
+def _defines_merged(names: Sequence[str]) -> bool:
+    for name in names:
+        source = _class_source(name)
+        for item in source[1].body if source else ():
+            if isinstance(item, ast.FunctionDef) and item.name == "merged":
+                return not all(isinstance(line, ast.Expr | ast.Raise) for line in item.body)
+    return False
+
+
+def looks_at_data(target: str) -> bool:
+    """Whether the method, with some of its options, looks at the task before it trains."""
+    return any(_PRE_PASS.search(_source(module)) for module in _modules_of(target))
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a method goes with, as its source says."""
+
+    family: str
+    modalities: tuple[str, ...]
+    mergeable: bool
+    quantisable: bool
+    pre_pass: bool
+    exports: str  # a type of Hugging Face peft, `model`, or `own`
+
+
+@cache
+def traits(target: str) -> Traits:
+    """Read off the class of a method and the files that it is made of."""
+    kind = family(target)
+    bridge = kind == "bridge"  # to all of peft's types
+    theirs = "" if bridge else class_value(target, "peft_type")
+    whole = class_value(target, "publishes_model")
+    return Traits(
+        kind,
+        class_value(target, "modalities") or (("text",) if kind == "prompt" else ("text", "image")),
+        folds(target),
+        class_value(target, "on_quantised") is not False,
+        looks_at_data(target),
+        "model" if whole else f"peft {theirs}".strip() if theirs or bridge else "own",
+    )
 
 
 # -- Finding a key ---------------------------------------------------------------------------------
@@ -321,8 +435,34 @@ def all_keys(config_dirs: Sequence[Path] = ()) -> dict[str, list[tuple[Card, Key
 def find_method(name: str, config_dirs: Sequence[Path] = ()) -> Card:
     """The card of one method."""
     found = {card.choice: card for card in cards("method", config_dirs)}
+    same = {_letters(choice): choice for choice in found}
+    name = same.get(_letters(name), name)
     if name not in found:
+        if said := known(name, config_dirs):
+            raise ConfigError(said)
         raise ConfigError(
             f"no method {name!r}.{did_you_mean(name, found)} All: {', '.join(found)}."
         )
     return found[name]
+
+
+def known(name: str, config_dirs: Sequence[Path] = ()) -> str:
+    """What to say of a method of the literature that is not built: what it does, and the nearest
+    that is. Empty for a name that nobody knows.
+    """
+    read = yaml.safe_load((PACKAGE / "known_methods.yaml").read_text(encoding="utf-8"))
+    entry = next((e for e in read.items() if _letters(e[0]) == _letters(name)), None)
+    if entry is None:
+        return ""
+    title, (kind, idea, nearest) = entry
+    built = {card.choice: family(card.target) for card in cards("method", config_dirs)}
+    near = [c for c in nearest.split() if c in built] or [c for c in built if built[c] == kind]
+    return (
+        f"{title} ({kind}: {idea}) is not a method here. Nearest: {near[0]}; "
+        f"`peft-train methods {near[0]}` shows it."
+    )
+
+
+def _letters(name: str) -> str:
+    """A name without case, spaces and dashes."""
+    return re.sub(r"[^a-z0-9+]", "", name.lower())

@@ -338,6 +338,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+# What `methods` chooses by, besides family, modality and format.
+TRAITS = {
+    "mergeable": "folds into the weights",
+    "quantisable": "trains on a base of 4 or 8 bits",
+    "pre-pass": "looks at the task before it trains",
+}
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -346,12 +354,31 @@ def methods(words: list[str]) -> int:
         description="All methods, or the equation and the options of one.",
     )
     parser.add_argument("name", nargs="?", help="a method")
+    parser.add_argument("--family", help="low-rank, sparse, adapter, prompt, ...")
+    parser.add_argument("--modality", choices=["text", "image"], help="works on such data")
+    parser.add_argument("--exports", help="published as a type of peft (peft, LORA), model or own")
+    for flag, meaning in TRAITS.items():
+        parser.add_argument(
+            f"--{flag}", action=argparse.BooleanOptionalAction, help=meaning, default=None
+        )
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/")
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     args = parser.parse_args(words)
     from peftcli import explain
+    from peftcli.cards import Traits
 
-    return explain.methods(args.name, [args.config_dir] if args.config_dir else [], args.json)
+    def wanted(traits: Traits) -> bool:
+        marks = [getattr(args, flag.replace("-", "_")) for flag in TRAITS]
+        have = (traits.mergeable, traits.quantisable, traits.pre_pass)
+        return (
+            args.family in (None, traits.family)
+            and args.modality in (None, *traits.modalities)
+            and (args.exports is None or args.exports.lower() in traits.exports.lower().split())
+            and all(mark in (None, has) for mark, has in zip(marks, have, strict=True))
+        )
+
+    dirs = [args.config_dir] if args.config_dir else []
+    return explain.methods(args.name, dirs, args.json, wanted)
 
 
 def explain(words: list[str]) -> int:

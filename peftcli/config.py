@@ -214,6 +214,8 @@ class Check:
             hints = _hints(cls)
             wrong: dict[str, str] = {}
             for error in e.errors(include_url=False):
+                if isinstance(told := error.get("ctx", {}).get("error"), ConfigError):
+                    raise told from None  # the class itself said what is wrong
                 key, value, hint = _locate(where, values, hints, error["loc"])
                 wrong.setdefault(
                     key,

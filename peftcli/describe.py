@@ -12,13 +12,21 @@ from rich.text import Text
 
 from peftcli.build import Parts
 from peftcli.core.graft import is_own
+from peftcli.core.host import Host
 from peftcli.data.examples import Data
 from peftcli.errors import ConfigError
+from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
+from peftcli.settings import Run, Task
 from peftcli.train import device
 from peftcli.train.estimate import Estimate, estimate
 from peftcli.train.folder import RunFolder
 from peftcli.train.loop import Plan, Progress
+
+LEFT_OUT = (
+    "data, a fresh head, memory and time: the weights of {} are not on this machine; only the "
+    "dimensions in model.architecture were used"
+)
 
 
 def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
@@ -50,17 +58,72 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
     return blocks
 
 
+def count(run: Run, host: Host, task: Task, quiet: bool = False) -> dict[str, Any]:
+    """What would train on a model that is known by its dimensions alone, on the screen and as
+    plain data.
+    """
+    trained, total = host.num_parameters()
+    roles = by_role(host)
+    found = {
+        "model": f"{run.model.architecture['model_type']} by its dimensions,"
+        f" {total - _added(host):,} parameters",
+        "task": task,
+        "method": f"{type(run.method).__name__} {_options(run.method)}".strip(),
+        "sites": _sites(host),
+        "trained": f"{trained:,} parameters, {trained / total:.4%} of all",
+        "by role": _shown(roles),
+        "published": f"{size(adapter.num_bytes(host, 'default'))}",
+        "left out": LEFT_OUT.format(run.model.name_or_path),
+    }
+    if not quiet:
+        facts("model", found)
+    counts = {
+        "trained_parameters": trained,
+        "all_parameters": total,
+        "share": trained / total,
+        "trained_by_role": roles,
+        "sites": len(host.sites["default"]),
+        "published_bytes": adapter.num_bytes(host, "default"),
+    }
+    return {"model": found, "counts": counts}
+
+
+def by_role(host: Host) -> dict[str, int]:
+    """How many parameters train, by the role of the module that they are in."""
+    found: Counter[str] = Counter()
+    for name, parameter in host.trained().items():
+        found[_role(host, name)] += parameter.numel()
+    return dict(found.most_common())
+
+
+def _role(host: Host, name: str) -> str:
+    """The role of a parameter's module: `q`, `norm`, ...; `shared` of what several deltas use."""
+    path, *rest = f".{name}".split(".deltas.", 1)
+    path = path.strip(".") if rest else name.rpartition(".")[0]
+    if is_own(name) and not rest:
+        return "shared"
+    if rest and (part := rest[0].split(".")[1:3])[0] == "parts" and len(part) == 2:
+        return part[1]  # of one role of a fused linear
+    roles = host.layout.roles_of(path)
+    return "+".join(roles) or host.layout.role_of(path) or path.rpartition(".")[2] or "model"
+
+
+def _sites(host: Host) -> str:
+    roles = Counter(s.role or s.kind for s in host.sites["default"])
+    return ", ".join(f"{role} x{n}" for role, n in roles.items()) or "the base's own weights"
+
+
 def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:
     run, host = parts.run, parts.host
-    roles = Counter(s.role or s.kind for s in host.sites["default"])
     return {
         "model": f"{parts.source.name} ({parts.source.kind}), {total - _added(host):,} parameters",
         "task": parts.task,
-        "method": f"{type(run.method).__name__} {_options(run.method)}",
-        "sites": ", ".join(f"{role} x{n}" for role, n in roles.items()) or "the base's own weights",
+        "method": f"{type(run.method).__name__} {_options(run.method)}".strip(),
+        "sites": _sites(host),
         "targets": ", ".join(f"{k}: {n}" for k, n in host.matched["default"].items()),
         "trained": f"{trained:,} parameters, {trained / total:.2%}"
         + (f", with {', '.join(host.saved_modules)} whole" if host.saved_modules else ""),
+        "by role": _shown(by_role(host)),
         "device": device.describe(parts.device),
         "products in": str(parts.dtype).removeprefix("torch."),
     }

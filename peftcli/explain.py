@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,22 @@ def table(*header: str, rows: Sequence[Sequence[str]], title: str = "") -> Table
 
 
 # -- methods ---------------------------------------------------------------------------------------
-def methods(name: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
-    """All methods, or the equation and the options of one."""
+def methods(
+    name: str | None,
+    config_dirs: Sequence[Path],
+    as_json: bool,
+    wanted: Callable[[cards.Traits], bool] = lambda traits: True,
+) -> int:
+    """All methods whose traits are wanted, or the equation and the options of one."""
     if name is not None:
         return _method(cards.find_method(name, config_dirs), as_json)
-    found = cards.cards("method", config_dirs)
+    found = [c for c in cards.cards("method", config_dirs) if wanted(cards.traits(c.target))]
     if as_json:
         print(json.dumps([_as_data(card) for card in found], indent=2))
         return 0
-    rows = [
-        (c.choice, cards.family(c.target), _first_line(c), " ".join(k.name for k in c.keys))
-        for c in found
-    ]
-    screen().print(table("method", "family", "what it is", "options", rows=rows))
+    rows = [(c.choice, *_marks(cards.traits(c.target)), _first_line(c)) for c in found]
+    header = ("method", "family", "folds", "4/8 bit", "pre-pass", "published as", "what it is")
+    screen().print(table(*header, rows=rows))
     screen().print(
         "\n[dim]peft-train methods NAME: equation and options; peft-train method=NAME trains.[/]"
     )
@@ -72,8 +76,33 @@ def _method(card: Card, as_json: bool) -> int:
     console.print(escape(cards.paper(card.target)))
     console.print()
     console.print(_options(card))
+    console.print()
+    console.print(_about_traits(card))
     console.print(f"\n{escape(card.command)}", style="green")
     return 0
+
+
+def _marks(traits: cards.Traits) -> tuple[str, ...]:
+    marks = (traits.mergeable, traits.quantisable, traits.pre_pass)
+    return traits.family, *("yes" if mark else "-" for mark in marks), traits.exports
+
+
+def _about_traits(card: Card) -> Table:
+    """What a method goes with, in sentences."""
+    traits = cards.traits(card.target)
+    own = traits.exports == "own"
+    rows = [
+        ("family", traits.family),
+        ("data", ", ".join(traits.modalities)),
+        ("merging", "folds into the weights" if traits.mergeable else "stays beside the weights"),
+        ("4 or 8 bits", "trains on such a base" if traits.quantisable else "needs a full base"),
+        ("pre-pass", "looks at the task first, at least with some options")
+        if traits.pre_pass
+        else ("pre-pass", "none"),
+        ("published as", "an adapter in our own format" if own else traits.exports),
+        ("cost", f"peft-train check model=llama2_7b method={card.choice}    counts it exactly"),
+    ]
+    return table("", "", rows=rows, title="goes with")
 
 
 def _first_line(card: Card) -> str:
@@ -83,7 +112,7 @@ def _first_line(card: Card) -> str:
 def _as_data(card: Card) -> dict[str, Any]:
     return {
         "name": card.choice,
-        "family": cards.family(card.target),
+        **dataclasses.asdict(cards.traits(card.target)),
         "summary": _first_line(card),
         "description": cards.paper(card.target),
         "target": card.target,

@@ -172,12 +172,14 @@ def override(
 
 
 def normalised(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[str]:
-    """Accept `recipe=NAME`, and new entries of mappings (`scheduler.kwargs.x=1`), without a `+`."""
+    """Accept `recipe=NAME`, and new entries of mappings (`scheduler.kwargs.x=1` or
+    `scheduler.kwargs={x: 1}`), without a `+`.
+    """
     result = []
     for line in overrides:
         if line.startswith("recipe="):
             line = f"+{line}"
-        elif match := re.match(r"(\w+\.\w+)\.[^=]+=", line):
+        elif match := re.match(r"(\w+\.\w+)(\.[^=]+=|=\s*\{)", line):
             files = cards.all_keys(config_dirs).get(match[1], [])
             if any(key.takes.startswith("a mapping to") for _, key in files):
                 line = f"++{line}"

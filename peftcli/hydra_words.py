@@ -135,6 +135,8 @@ def _no_such_choice(e: MissingConfigException, config_dirs: Sequence[Path]) -> s
     options = e.options or []
     if not options:
         return f"{within}no group {group!r}.{_meant(group, config_dirs)}"
+    if group == "method" and (said := cards.known(given, config_dirs)):
+        return f"{within}method={given}: {said}"
     near = did_you_mean(given, options)
     return f"{within}{group}={given}: no such choice.{near} All: {', '.join(options)}."
 

@@ -18,8 +18,11 @@ from omegaconf import DictConfig
 from peftcli import config, describe, record, resume
 from peftcli.build import Parts, adapt, build, collator, evaluator
 from peftcli.chat import answer_all, chat
+from peftcli.core.host import Host
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
 from peftcli.export import adapter, compare, publish
+from peftcli.models import load
+from peftcli.models.source import cache_dir, is_here
 from peftcli.screen import LiveScreen, log_to, say
 from peftcli.settings import Run
 from peftcli.train import loggers, optim, streams
@@ -103,8 +106,10 @@ def make_loop(
 
 def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
     """Everything but training: what would train on which sites, data and masks, steps, memory, disk
-    and time.
+    and time; of a model that is known by its dimensions alone, what would train.
     """
+    if run.model.architecture and not is_here(run.model, cache_dir()):
+        return count(run, as_json=as_json)
     with out_of_memory():
         parts = build(run)
         adapt(parts)
@@ -118,6 +123,19 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
     else:
         describe.preview(parts.data)
         say("nothing was trained; start it with the same words after `peft-train train`", "green")
+    return 0
+
+
+def count(run: Run, *, as_json: bool = False) -> int:
+    """What would train on a model without weights, built from `model.architecture`."""
+    base = load.config_of(run.model.architecture)
+    task = load.infer_task(run.model, base, "auto")
+    with streams.stream(run.seed, "init"):
+        host = Host(load.empty_model(base, task))
+        host.add(run.method)
+    found = describe.count(run, host, task, quiet=as_json)
+    if as_json:
+        print(json.dumps(found, indent=2))
     return 0
 
 

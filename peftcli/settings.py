@@ -44,6 +44,9 @@ class Model:
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False  # runs code from the hub; needs `revision` pinned to a commit
+    architecture: dict[str, Any] = field(
+        default_factory=dict
+    )  # dimensions by transformers' names, by which `check` counts where there are no weights
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ and how all of it is frozen, merged, saved and loaded.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peftcli.core import weights
 from peftcli.core.delta import Delta, NotMergeable
@@ -30,8 +33,9 @@ from peftcli.core.layer import Bare
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
 from peftcli.core.scores import Calibration
-from peftcli.core.site import Site, find_places, find_sites
+from peftcli.core.site import Site, Sublayer, find_places, find_sites, find_sublayers
 from peftcli.errors import ConfigError, DataError, did_you_mean
+from peftcli.models.files import read_weight
 from peftcli.models.roles import layout
 
 
@@ -50,6 +54,7 @@ class Host:
         self.matched: dict[str, dict[str, int]] = {}  # adapter: target entry -> number of sites
         self.saved_modules: tuple[str, ...] = ()
         self.reset_requests: list[nn.Parameter] = []
+        self.optimizer: Optimizer | None = None  # the run's, once it is made
         self._selected: set[str] = set()
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.building = ""
@@ -92,11 +97,7 @@ class Host:
         """Take the adapter's deltas off the model."""
         for path in {site.path for site in self.sites[name]}:
             prune(self.model.get_submodule(path), name)
-        shared = self._shared()
-        if name in shared:
-            del shared[name]
-        if not shared:
-            self.model._modules.pop(SHARED, None)
+        self.unshare(name)
         del self.adapters[name], self.sites[name], self.matched[name]
 
     def find(self, targets: str | Sequence[str]) -> list[Site]:
@@ -113,6 +114,18 @@ class Host:
         self.matched[self.building][kind] = len(sites)
         return sites
 
+    def sublayers(self, kinds: Sequence[str], leave_out: Sequence[int] = ()) -> list[Sublayer]:
+        """The sub-layers (`attn`, `cross`, `ffn`) outside the blocks `leave_out`, with their
+        residuals and norms; remembers how many.
+        """
+        found = [
+            sub
+            for sub in find_sublayers(self.model, self.layout)
+            if sub.kind in kinds and sub.end.layer not in leave_out
+        ]
+        self.matched[self.building] |= Counter(sub.kind for sub in found)
+        return found
+
     def share(self, module: nn.Module) -> nn.Module:
         """Keep parameters or buffers that several deltas of the adapter that is being set up use.
         The deltas hold it in a tuple, so that it is saved and counted once.
@@ -121,6 +134,14 @@ class Host:
         self.model._modules[SHARED] = held
         held[self.building] = module
         return module
+
+    def unshare(self, name: str) -> None:
+        """Drop what the adapter's deltas shared, once none of them uses it."""
+        shared = self._shared()
+        if name in shared:
+            del shared[name]
+        if not shared:
+            self.model._modules.pop(SHARED, None)
 
     def shared(self, name: str = "default") -> nn.Module:
         """What the adapter's deltas share."""
@@ -144,6 +165,19 @@ class Host:
         assert isinstance(held, RowsDelta)
         assert site.role is not None
         held.add(site.role, site.rows, delta)
+
+    def original_weight(self, site: Site) -> Tensor | None:
+        """The float32 weight (d_out, d_in) that a quantised site was made of, read from the model's
+        folder; None where it is not there.
+        """
+        model: Any = self.model
+        key = f"{site.path}.weight"
+        names = [key, key.removeprefix(f"{model.base_model_prefix}.")]
+        W = read_weight(Path(str(model.name_or_path)), names)
+        if W is None or tuple(W.shape) != weights.shape(site.module):
+            return None
+        W = W.to(site.device, torch.float32)
+        return W if site.rows is None else torch.cat([W[a:b] for a, b in site.rows])
 
     def delta(self, site: Site, name: str = "default") -> Delta:
         """The delta of the adapter at the site."""
@@ -194,17 +228,25 @@ class Host:
 
     def select(self, names: Iterable[str]) -> None:
         """Train these parameters of the base itself. They are made float32: updates are smaller
-        than bfloat16 resolves.
+        than bfloat16 resolves. Raises `ConfigError`, before it changes any, where one is quantised.
         """
-        for name in names:
-            parameter = self.model.get_parameter(name)
+        parameters = {name: self.model.get_parameter(name) for name in names}
+        for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise ConfigError(
-                    f"{name} is stored as {parameter.dtype}: quantised weights cannot be trained"
+                    f"{name} is stored in 4 or 8 bits ({parameter.dtype}): quantised weights "
+                    "cannot be trained."
                 )
+        for name, parameter in parameters.items():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             self._selected.add(name)
+            owner = self.model.get_submodule(name.rpartition(".")[0])
+            scale = owner._parameters.get("weight")
+            if scale is not None and scale.ndim == 1:  # a norm takes all of its own in one type
+                scale.data = scale.data.float()
+                if (shift := owner._parameters.get("bias")) is not None:
+                    shift.data = shift.data.float()
 
     def freeze(self, names: Iterable[str]) -> None:
         """Let selected parameters rest: they keep their values and stay in the state, get no
@@ -234,6 +276,13 @@ class Host:
     def reset_optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
         """Ask the loop to forget the optimizer's state of these parameters before the next step."""
         self.reset_requests.extend(parameters)
+
+    def optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any]:
+        """What the run's optimizer keeps of the parameter; what a method adds there is in every
+        checkpoint, and in no adapter's file.
+        """
+        assert self.optimizer is not None, "no optimizer yet"
+        return self.optimizer.state[parameter]
 
     def recompute_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (gradient
@@ -316,6 +365,11 @@ class Host:
                     "it apart (--to adapter), or merge into the original weights "
                     "(quantization=none)."
                 )
+            if not hasattr(module, "weight"):
+                raise ConfigError(
+                    f"{path}: what sits on a whole {type(module).__name__} does not fold into a "
+                    "weight; keep the adapter apart (--to adapter)"
+                )
             layer = fold(Bare(module, bare_class(module)), module)
             try:
                 folded[path] = (layer.weight, layer.bias)
@@ -327,7 +381,7 @@ class Host:
             module = self.model.get_submodule(path)
             bias = getattr(module, "bias", None)
             self._unmerged[path] = (
-                weights.dense(module).clone(),
+                weights.weight_of(module).clone(),
                 None if bias is None else bias.clone(),
             )
             weights.write(module, W, b)
@@ -338,8 +392,10 @@ class Host:
         """Put back the weights that `merge` kept aside and switch every adapter on."""
         for path, (W, b) in self._unmerged.items():
             module = self.model.get_submodule(path)
-            weights.write(module, W, b)
-            if b is None and getattr(module, "bias", None) is not None:
+            weights.weight_of(module).copy_(W)
+            if b is not None:
+                module.get_parameter("bias").copy_(b)
+            elif getattr(module, "bias", None) is not None:
                 module.register_parameter("bias", None)
         self._unmerged = {}
         self.activate(*self.adapters)
@@ -350,7 +406,9 @@ class Host:
 
     def _refuse_shared(self, path: str, module: nn.Module) -> None:
         for other_path, other in self.model.named_modules(remove_duplicate=False):
-            if other is not module and getattr(other, "weight", None) is module.weight:
+            if other is module or is_own(other_path):
+                continue
+            if getattr(other, "weight", None) is module.weight:
                 raise ConfigError(
                     f"{path} shares its weight with {other_path} (tied embeddings): merging would "
                     "change both. Leave it out of method.target_modules, or keep the adapter "

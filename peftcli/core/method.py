@@ -139,6 +139,11 @@ class Method:
     def finish(self, host: Host) -> None:
         """Before export."""
 
+    def before_merge(self, host: Host, name: str) -> None:
+        """Before the whole model is saved merged: fold by hand what is no matter of single layers,
+        and take it off.
+        """
+
     def hf_refuses(self, host: Host, name: str) -> str | None:
         """Why Hugging Face peft's format cannot hold this adapter, or None where it can."""
         return None if self.peft_type else "peft has no such method"
@@ -172,6 +177,15 @@ class Method:
     def reads_hf(cls, config: Mapping[str, Any]) -> bool:
         """Whether this method is the one that peft's configuration of `peft_type` means."""
         return True
+
+    @classmethod
+    def hf_acting(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """The tensors of peft's file without what never acts (rows of prompts that peft allocates
+        and does not use).
+        """
+        return tensors
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:

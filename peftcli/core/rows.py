@@ -66,7 +66,7 @@ class RowsDelta(Delta):
     def add(self, role: str, rows: tuple[tuple[int, int], ...], delta: Delta) -> None:
         """Put `delta` on the output rows in the (start, stop) ranges `rows`."""
         index = torch.cat([torch.arange(start, stop) for start, stop in rows])
-        self.parts[role] = delta
+        self.parts[role] = delta.train(self.training)
         self.register_buffer(f"index_{role}", index, persistent=False)
 
     def part(self, role: str | None) -> Delta:
@@ -91,6 +91,7 @@ class RowsDelta(Delta):
             index = self.index(role)
             W_rows, b_rows = self.part(role).merged(W[index], None if b is None else b[index])
             W = W.to(W_rows.dtype).index_copy(0, index, W_rows)
-            if b is not None and b_rows is not None:
+            if b_rows is not None:
+                b = b_rows.new_zeros(self.d_out) if b is None else b
                 b = b.index_copy(0, index, b_rows.to(b.dtype))
         return W, b

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.errors import ConfigError, nearest
-from peftcli.models.roles import Layout
+from peftcli.models.roles import Layout, is_cross, residual_of
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -49,9 +49,11 @@ class Site:
         return W if self.rows is None else torch.cat([W[start:stop] for start, stop in self.rows])
 
     def pick(self, patterns: Mapping[str, float], default: float) -> float:
-        """The value of the first pattern that is this site's role, or a regular expression for the
-        end of its path.
+        """The value under this site's name; else of the first pattern that is its role, or a
+        regular expression for the end of its path.
         """
+        if self.name in patterns:
+            return patterns[self.name]
         for pattern, value in patterns.items():
             if pattern == self.role or re.fullmatch(rf"(.*\.)?({pattern})", self.path):
                 return value
@@ -69,8 +71,9 @@ def find_sites(
     """The sites that `targets` mean, in the model's order, and how many each entry matched.
 
     An entry is a role (q, k, v, o, gate, up, down, ...), `all-linear` (every linear of the
-    transformer blocks), the name or the path of a module, or a regular expression for whole paths.
-    An entry that matches nothing stops the run.
+    transformer blocks), `backbone` (every linear and convolution but those of heads), the name or
+    the path of a module, or a regular expression for whole paths. An entry that matches nothing
+    stops the run.
     """
     entries = [targets] if isinstance(targets, str) else list(targets)
     if not entries:
@@ -112,6 +115,99 @@ def find_places(model: nn.Module, layout: Layout, kind: str) -> list[Site]:
     return sites
 
 
+@dataclass(frozen=True)
+class Sublayer:
+    """An attention or feed-forward sub-layer, with its raw output u and its residual r."""
+
+    kind: str  # attn | cross | ffn
+    start: Site  # sees the sub-layer's input first
+    end: Site  # gives u
+    norm: Site | None  # post-norm models: sees u + r
+    stream: Site | None  # others: gives u + r; None in the middle of a block
+    entry: Site | None  # others: the norm that sees r; None where it cannot be told
+
+
+def find_sublayers(model: nn.Module, layout: Layout) -> list[Sublayer]:
+    """Every sub-layer of every block, in the model's order.
+
+    The output u is that of the last linear, before the base's dropout; where a feed-forward part
+    has several such (experts), that of the whole part.
+    """
+    modules = dict(model.named_modules())
+
+    def place(path: str, kind: str) -> Site:
+        width = _width(path, modules, layout)
+        return Site(path, modules[path], kind, width, width, kind, layout.block_of(path))
+
+    found = []
+    for block in layout.blocks:
+        style = residual_of(model, block)
+        ends = _ends_of(block, layout)
+        norms = [p for p, role in layout.names.items() if role == "norm" and _inside(p, block)]
+        if style == "post" and len(norms) != len(ends):
+            continue
+        entries = [None] * len(ends) if style == "post" else _entries(norms, ends, layout)
+        for i, (path, kind) in enumerate(ends):
+            whole = layout.names[path] == "mlp"
+            end = place(path, "mlp") if whole else _site(path, modules[path], layout)
+            norm = place(norms[i], "norm") if style == "post" else None
+            around = _wrapper(path, block, layout) or (block if kind == "ffn" else None)
+            stream = place(around, "residual") if around and style == "pre" else None
+            if style == "parallel" and kind == "ffn":  # the residual is the attention's
+                stream = end
+            first = _start_of(path, kind, block, layout)
+            linear = layout.names[first] not in ("mlp", "attention")
+            start = _site(first, modules[first], layout) if linear else place(first, kind)
+            into = entries[i]
+            entry = None if into is None else place(into, "norm")
+            found.append(Sublayer(kind, start, end, norm, stream, entry))
+    return found
+
+
+def _ends_of(block: str, layout: Layout) -> list[tuple[str, str]]:
+    """(path, kind) of what gives each sub-layer's output."""
+    inside = {p: role for p, role in layout.names.items() if _inside(p, block)}
+    down = [p for p, role in inside.items() if role == "down"]
+    mlps = [p for p, role in inside.items() if role == "mlp"]
+    ffn = down if len(down) == 1 else [p for p in mlps if not any(_inside(p, q) for q in mlps)]
+    kinds = {p: "cross" if is_cross(p) else "attn" for p, role in inside.items() if role == "o"}
+    kinds |= dict.fromkeys(ffn, "ffn")
+    return [(p, kinds[p]) for p in inside if p in kinds]
+
+
+def _start_of(end: str, kind: str, block: str, layout: Layout) -> str:
+    """The whole attention or feed-forward module around `end`; else the block's first linear up."""
+    role = "mlp" if kind == "ffn" else "attention"
+    inside = {p: r for p, r in layout.names.items() if _inside(p, block)}
+    around = [p for p, r in inside.items() if r == role and (p == end or _inside(end, p))]
+    return next(iter(around or [p for p, r in inside.items() if r in ("up", "gate", "gate_up")]))
+
+
+def _entries(norms: list[str], ends: list[tuple[str, str]], layout: Layout) -> list[str | None]:
+    """The norm before each sub-layer, where there is one for each or one for all. A norm that does
+    not say that it is a cross-attention's is not taken for one.
+    """
+    parts = [p for p, role in layout.names.items() if role in ("attention", "mlp")]
+    outer: list[str | None] = [n for n in norms if not any(_inside(n, part) for part in parts)]
+    outer = outer * len(ends) if len(outer) == 1 else outer
+    odd = any(
+        kind == "cross" and n.rpartition(".")[0] not in path and not re.search("cross|encoder", n)
+        for n, (path, kind) in zip(outer, ends, strict=False)
+        if n is not None
+    )
+    return [None] * len(ends) if odd or len(outer) != len(ends) else outer
+
+
+def _wrapper(path: str, block: str, layout: Layout) -> str | None:
+    """T5's module around one sub-layer, with its norm and its sum."""
+    inner = path
+    while _inside(inner := inner.rpartition(".")[0], block):
+        norms = [p for p, role in layout.names.items() if role == "norm"]
+        if inner not in layout.names and any(p.rpartition(".")[0] == inner for p in norms):
+            return inner
+    return None
+
+
 def _inside(path: str, other: str) -> bool:
     return path != other and path.startswith(other + ".")
 
@@ -140,13 +236,19 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _match(model: nn.Module, layout: Layout, entry: str) -> Iterator[Site]:
-    """Sites of one entry. What it may be is tried in this order: all-linear, a role, a name or
-    path, an expression.
+    """Sites of one entry. What it may be is tried in this order: all-linear, backbone, a role,
+    a name or path, an expression.
     """
     modules = list(candidates(model))
     if entry == "all-linear":
         for path, module in modules:
             if layout.block_of(path) is not None and weights.kind_of(module) != "embedding":
+                yield _site(path, module, layout)
+        return
+    if entry == "backbone":
+        for path, module in modules:
+            is_head = layout.role_of(path) in ("head", "classifier", "pooler")
+            if weights.kind_of(module) != "embedding" and not is_head:
                 yield _site(path, module, layout)
         return
     by_role = [
@@ -201,9 +303,10 @@ def _nothing_matches(model: nn.Module, layout: Layout, entry: str) -> str:
     paths = [path for path, _ in candidates(model)]
     roles = {r for p in paths for r in layout.roles_of(p)}
     names = {path.rsplit(".", 1)[-1] for path in paths}
-    near = nearest(entry, ["all-linear", *sorted(roles), *sorted(names), *paths])
+    near = nearest(entry, ["all-linear", "backbone", *sorted(roles), *sorted(names), *paths])
     return (
         f"method.target_modules: {entry!r} matches no module of {type(model).__name__}."
         + (f" Nearest: {', '.join(near)}." if near else "")
-        + f" Roles: {', '.join(sorted(roles))}, all-linear. Names: {', '.join(sorted(names))}."
+        + f" Roles: {', '.join(sorted(roles))}, all-linear, backbone."
+        + f" Names: {', '.join(sorted(names))}."
     )

@@ -67,6 +67,13 @@ def save(
     return (folder / WEIGHTS).stat().st_size
 
 
+def num_bytes(host: Host, name: str) -> int:
+    """Bytes of the weights that would be published: of the adapter, or of the whole model."""
+    if host.adapters[name].publishes_model:
+        return sum(p.numel() * p.element_size() for p in host.model.parameters())
+    return sum(t.numel() * t.element_size() for t in _places(host, name)[0].values())
+
+
 def _places(host: Host, name: str) -> tuple[dict[str, Tensor], bool]:
     """The live tensors of the adapter under the names of its file, and whether these are ours."""
     own = host.adapters[name].hf_refuses(host, name) is not None
@@ -123,6 +130,8 @@ def load(host: Host, folder: Path, name: str = "default") -> None:
         if own
         else hf_peft.method_of(config, tensors, folder / CONFIG)
     )
+    if not own:
+        tensors = method.hf_acting(config, tensors)
     host.add(method, name)
     if own:
         for path in config.get("modules_to_save") or ():

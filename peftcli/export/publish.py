@@ -56,6 +56,8 @@ def merge(parts: Parts, folder: Path) -> None:
     host: Host = parts.host
     if not host.adapters:
         raise ConfigError("--to merged needs an adapter: give a run folder.")
+    for name in host.active:
+        host.adapters[name].before_merge(host, name)
     host.merge()
     save_model(parts, folder)
 

@@ -31,21 +31,34 @@ Segments = tuple[Segment, ...]
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float,
+    dropout: float = 0.0,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """q (1, H, T, D), k and v (1, G, T, D) with H a multiple of G -> (1, T, H, D)."""
+    """q (1, H, T, D), k and v (1, G, T, D) with H a multiple of G -> (1, T, H, D). Every segment
+    sees the keys and values `before` (1, G, P, D) too.
+    """
     k, v = (_each_head(t, q.shape[1]) for t in (k, v))
+    held = None if before is None else tuple(_each_head(t, q.shape[1]) for t in before)
     # split, not slices: the backward pass of a slice fills a whole row with zeros
     lengths = [segment.stop - segment.start for segment in segments]
     parts = [t.split(lengths, 2) for t in (q, k, v)]
     index = {segment.start: i for i, segment in enumerate(segments)}
     outputs = []
     for segment, *(q_s, k_s, v_s) in zip(segments, *parts, strict=True):
-        mask = None
+        seen = [] if held is None else [held]
         if segment.prefix_stop > segment.prefix_start:
             prefix = index[segment.prefix_start]
-            k_s, v_s = torch.cat([parts[1][prefix], k_s], 2), torch.cat([parts[2][prefix], v_s], 2)
-            mask = _behind_prefix(lengths[prefix], q_s.shape[2], q.device)
+            seen.append((parts[1][prefix], parts[2][prefix]))
+        mask = None
+        if seen:
+            T = q_s.shape[2]
+            k_s, v_s = (torch.cat(t, 2) for t in zip(*seen, (k_s, v_s), strict=True))
+            mask = behind_prefix(k_s.shape[2] - T, T, q.device)
         outputs.append(
             F.scaled_dot_product_attention(q_s, k_s, v_s, mask, dropout, mask is None, scale=scale)
         )
@@ -53,15 +66,24 @@ def packed_attention(
 
 
 def packed_attention_ref(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    scale: float,
+    before: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The same under a mask (T, T) of the whole row."""
+    """The same under a mask (T, P + T) of the whole row."""
     seen = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
     for s in segments:
         seen[s.start : s.stop, s.start : s.stop] = True
         seen[s.start : s.stop, s.prefix_start : s.prefix_stop] = True
+    seen = seen.tril()
+    if before is not None:
+        k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        seen = F.pad(seen, (before[0].shape[2], 0), value=True)
     k, v = (_each_head(t, q.shape[1]) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, seen.tril(), scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(1, 2)
 
 
 def _each_head(t: Tensor, heads: int) -> Tensor:
@@ -70,6 +92,6 @@ def _each_head(t: Tensor, heads: int) -> Tensor:
 
 
 @lru_cache(maxsize=4096)
-def _behind_prefix(P: int, T: int, device: torch.device) -> Tensor:
+def behind_prefix(P: int, T: int, device: torch.device) -> Tensor:
     """(1, 1, T, P + T): every token sees the P of the prefix, and its own segment causally."""
     return torch.ones(T, P + T, dtype=torch.bool, device=device).tril(P)[None, None]

@@ -7,25 +7,28 @@ fold into W afterwards.
 
 Variants: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(r), which keeps the size
 of the update constant as r grows. LoRA+ (Hayou et al., ICML 2024, arXiv 2402.12354): B learns
-`lr_ratio` times faster than A. PiSSA (Meng et al., NeurIPS 2024, arXiv 2404.02948) and OLoRA
-(Buyukakyuz 2024, arXiv 2406.01775) start from the principal part of W.
+`lr_ratio` times faster than A. PiSSA (Meng et al., NeurIPS 2024, arXiv 2404.02948), OLoRA
+(Buyukakyuz 2024, arXiv 2406.01775), LoftQ (Li et al., ICLR 2024, arXiv 2310.08659), EVA (Paischer
+et al. 2024, arXiv 2410.07170), LoRA-GA (Wang et al., NeurIPS 2024, arXiv 2407.05000) and LoRA-One
+(Zhang et al., ICML 2025, arXiv 2502.01235) choose where A and B start: `lora_init.py`. QLoRA
+(Dettmers et al., NeurIPS 2023, arXiv 2305.14314) is LoRA on a base in 4 bits.
 
-PiSSA's and OLoRA's papers subtract s B0 A0 from W. Here W is never written: the delta is s (B A -
-B0 A0) with the start kept in buffers. This is the same function, and the base stays the original
-under every switch, merge and export.
+PiSSA's, OLoRA's and LoRA-GA's papers subtract s B0 A0 from W. Here W is not written: the delta is
+s (B A - B0 A0) with the start kept in buffers. This is the same function, and the base stays the
+original under every switch, merge and export.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
@@ -35,12 +38,14 @@ from peftcli.core.graft import deltas_of
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
-from peftcli.core.site import Site
+from peftcli.core.site import Site, find_sites
 from peftcli.errors import ConfigError
 from peftcli.kernels.lora_linear import lora_linear
+from peftcli.methods.lora_init import INITS, Start, prepare
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
+    from peftcli.core.scores import Calibration
 
 
 class LoRADelta(WeightDelta):
@@ -98,67 +103,9 @@ class LoRADelta(WeightDelta):
         return y + self.scale * layer.mix(h, B.to(y.dtype))
 
 
-def _default(delta: LoRADelta, site: Site, r: int) -> None:
-    """A uniform in +-1/sqrt(I), B = 0; an embedding has A = 0, B normal, since one-hot inputs pick
-    columns of A.
-    """
-    if site.kind == "embedding":
-        nn.init.zeros_(delta.A)
-        nn.init.normal_(delta.B)
-    else:
-        nn.init.kaiming_uniform_(delta.A, a=math.sqrt(5))
-
-
-def _gaussian(delta: LoRADelta, site: Site, r: int) -> None:
-    """A normal with deviation 1/r, B = 0 (the paper's text; its code and the default take the
-    uniform).
-    """
-    nn.init.normal_(delta.A, std=1 / r)
-
-
-def _pissa(delta: LoRADelta, site: Site, r: int, niter: int | None = None) -> None:
-    """W = U S V': B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r'; `niter` power iterations of a
-    randomised SVD instead.
-    """
-    W = _weight_for_factors(site, r)
-    if niter is None:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    else:
-        U, S, V = torch.svd_lowrank(W, q=r, niter=niter)
-        Vh = V.T
-    root = (S[:r] / delta.scale).sqrt()
-    delta.start_from(U[:, :r] * root, root[:, None] * Vh[:r])
-
-
-def _olora(delta: LoRADelta, site: Site, r: int) -> None:
-    """W = Q R: B = Q_r, A = R_r."""
-    Q, R = torch.linalg.qr(_weight_for_factors(site, r))
-    delta.start_from(Q[:, :r], R[:r])
-
-
-def _weight_for_factors(site: Site, r: int) -> Tensor:
-    if site.groups > 1 or r > min(site.d_in, site.d_out):
-        raise ConfigError(
-            f"method.init needs r <= min(d_in, d_out) = {min(site.d_in, site.d_out)} and no "
-            f"convolution groups at {site.path} (r={r}, groups={site.groups}). Lower method.r, or "
-            "take method.init=default."
-        )
-    return site.weight.float()
-
-
-INITS: dict[str, Callable[[LoRADelta, Site, int], None]] = {
-    "default": _default,
-    "gaussian": _gaussian,
-    "pissa": _pissa,
-    "pissa_niter_4": lambda delta, site, r: _pissa(delta, site, r, 4),
-    "pissa_niter_16": lambda delta, site, r: _pissa(delta, site, r, 16),
-    "olora": _olora,
-}
-
-
 @dataclass(frozen=True)
-class LoRA(Method):
-    """Low-rank adaptation of linear, convolution and embedding weights."""
+class LowRank(Method):
+    """What LoRA and DoRA have in common: ranks, scales, and their place in peft."""
 
     family: ClassVar[str] = "low-rank"
     peft_type: ClassVar[str | None] = "LORA"
@@ -178,13 +125,8 @@ class LoRA(Method):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     target_modules: str | tuple[str, ...] = ("q", "v")
     use_rslora: bool = False
-    rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Ge(0)]] = field(default_factory=dict)
     alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
-    init: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = (
-        "default"
-    )
-    lr_ratio: Annotated[float, Gt(0)] | None = None
-    embedding_lr: Annotated[float, Gt(0)] = 1e-6
 
     def rank(self, site: Site) -> int:
         """The site's rank."""
@@ -195,12 +137,127 @@ class LoRA(Method):
         alpha, r = site.pick(self.alpha_pattern, self.alpha), self.rank(site)
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
-    def build(self, site: Site) -> LoRADelta:
-        """A pair of factors for the site."""
-        r = self.rank(site)
-        delta = LoRADelta(site, r, self.scale(site), self.dropout)
-        INITS[self.init](delta, site, r)
+    def _alpha(self, scale: float, r: int) -> float:
+        return scale * (math.sqrt(r) if self.use_rslora else r)
+
+    # -- Hugging Face peft -------------------------------------------------------------------------
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """Convolutions whose factors differ from peft's."""
+        for site in host.sites[name]:
+            dilation = getattr(site.module, "dilation", (1,))
+            if site.groups > 1 or set(dilation) != {1}:
+                return f"peft computes the grouped or dilated convolution {site.path} otherwise"
+        return None
+
+    def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
+        """(A, B) of the module's whole change as peft stores them; a convolution's are kernels."""
+        A, B, _ = _whole(delta)
+        if isinstance(module, nn.Embedding):
+            return {"lora_embedding_A": A, "lora_embedding_B": B}
+        if isinstance(module, _ConvNd):
+            A = A.view(A.shape[0], -1, *module.kernel_size)
+            B = B.view(*B.shape, *[1] * len(module.kernel_size))
+        return {"lora_A.weight": A, "lora_B.weight": B}
+
+    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
+        """Rank and alpha of every module as exported: fused roles and starts raise ranks."""
+        paths = dict.fromkeys(site.path for site in host.sites[name])
+        modules = {path: host.model.get_submodule(path) for path in paths}
+        ranks, alphas = {}, {}
+        for path, module in modules.items():
+            A, _, scale = _whole(deltas_of(module)[name])
+            ranks[path] = A.shape[0]
+            alphas[path] = self._alpha(scale, A.shape[0])
+        r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+        return {
+            "r": r,
+            "lora_alpha": alpha,
+            "rank_pattern": {path: n for path, n in ranks.items() if n != r},
+            "alpha_pattern": {path: n for path, n in alphas.items() if n != alpha},
+            "bias": "none",
+            "fan_in_fan_out": all(isinstance(m, Conv1D) for m in modules.values()),
+            "init_lora_weights": True,
+        }
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Ranks and alphas of single modules. Raises ValueError for factors that were saved
+        relative to a changed base.
+        """
+        init = str(config.get("init_lora_weights"))
+        if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+            raise ValueError(
+                f"saved relative to a changed base (init_lora_weights={init!r}); convert it in "
+                "peft first (path_initial_model_for_weight_conversion)."
+            )
+        return {key: dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
+
+
+@dataclass(frozen=True)
+class LoRA(LowRank):
+    """Low-rank adaptation of linear, convolution and embedding weights."""
+
+    init: Literal[
+        "default",
+        "gaussian",
+        "orthogonal",
+        "pissa",
+        "pissa_niter_4",
+        "pissa_niter_16",
+        "olora",
+        "loftq",
+        "eva",
+        "lora_ga",
+        "lora_one",
+    ] = "default"
+    init_batches: Annotated[int, Ge(1)] | None = None
+    rho: Annotated[float, Ge(1)] = 2.0
+    tau: Annotated[float, Gt(0), Le(1)] = 0.99
+    whiten: bool = False
+    adjust_scaling: bool = True
+    stable_gamma: Annotated[float, Gt(0)] | None = None
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    ga_scale: Literal["stable", "unit", "weight_svd", "gd_scale", "peft"] = "stable"
+    loftq_bits: Literal[4, 8] = 4
+    loftq_iter: Annotated[int, Ge(1)] = 1
+    lr_ratio: Annotated[float, Gt(0)] | None = None
+    embedding_lr: Annotated[float, Gt(0)] = 1e-6
+
+    @property
+    def gamma(self) -> float:
+        """`stable_gamma`, or the papers' 16 for LoRA-GA and 128 for LoRA-One."""
+        return self.stable_gamma or (128.0 if self.init == "lora_one" else 16.0)
+
+    def with_ranks(self, sites: Sequence[Site], ranks: Mapping[str, int], keep_scale: bool) -> LoRA:
+        """The method with these ranks written out by site; alpha follows where s is to be kept."""
+        alphas = {}
+        for site in sites:
+            alpha, r = site.pick(self.alpha_pattern, self.alpha), ranks[site.name]
+            alphas[site.name] = self._alpha(self.scale(site), r) if keep_scale and r else alpha
+        return replace(self, rank_pattern=dict(ranks), alpha_pattern=alphas)
+
+    def build(self, site: Site, start: Start | None = None) -> LoRADelta:
+        """A pair of factors for the site, started by `start`, or as `init` does without data."""
+        delta = LoRADelta(site, self.rank(site), self.scale(site), self.dropout)
+        (start or INITS[self.init])(delta, site)
         return delta
+
+    def setup(self, host: Host, data: Calibration | None = None) -> None:
+        """Graft a started pair of factors on every site whose rank is not 0."""
+        sites = [site for site in host.find(self.target_modules) if self.rank(site)]
+        method, start = prepare(self, host, sites, data)
+        for site in sites:
+            if method.rank(site):
+                host.graft(site, method.build(site, start))
+
+    def published(self, host: Host, name: str) -> LoRA:
+        """With EVA's ranks written out; the other shapes follow from the fields."""
+        if self.init != "eva":
+            return self
+        sites = find_sites(host.model, host.layout, self.target_modules)[0]
+        deltas = {site.name: cast(LoRADelta, d) for site, d in host.deltas(name)}
+        ranks = {s.name: len(deltas[s.name].A) if s.name in deltas else 0 for s in sites}
+        return replace(self.with_ranks(sites, ranks, self.adjust_scaling), init="default")
 
     def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """With `lr_ratio`, the four groups of LoRA+: A and other matrices; B; vectors; factors of
@@ -230,57 +287,25 @@ class LoRA(Method):
         ]
         return [g for g in groups if g["params"]]
 
-    # -- Hugging Face peft -------------------------------------------------------------------------
-    def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
-        """(A, B) of the module's whole change as peft stores them; a convolution's are kernels."""
-        A, B, _ = _whole(delta)
-        if isinstance(module, nn.Embedding):
-            return {"lora_embedding_A": A, "lora_embedding_B": B}
-        if isinstance(module, _ConvNd):
-            A = A.view(A.shape[0], -1, *module.kernel_size)
-            B = B.view(*B.shape, *[1] * len(module.kernel_size))
-        return {"lora_A.weight": A, "lora_B.weight": B}
-
-    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
-        """Rank and alpha of every module as exported: fused roles and starts raise ranks."""
-        paths = dict.fromkeys(site.path for site in host.sites[name])
-        modules = {path: host.model.get_submodule(path) for path in paths}
-        ranks, alphas = {}, {}
-        for path, module in modules.items():
-            A, _, scale = _whole(deltas_of(module)[name])
-            ranks[path] = A.shape[0]
-            alphas[path] = scale * (math.sqrt(A.shape[0]) if self.use_rslora else A.shape[0])
-        r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-        return {
-            "r": r,
-            "lora_alpha": alpha,
-            "rank_pattern": {path: n for path, n in ranks.items() if n != r},
-            "alpha_pattern": {path: n for path, n in alphas.items() if n != alpha},
-            "bias": "none",
-            "fan_in_fan_out": all(isinstance(m, Conv1D) for m in modules.values()),
-            "init_lora_weights": True,
-        }
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """A base that LoftQ quantised anew, too."""
+        if self.init == "loftq" and self.loftq_iter > 1:
+            return "the base was quantised anew (loftq_iter > 1)"
+        return super().hf_refuses(host, name)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Ranks and alphas of single modules. Raises ValueError for factors that were saved
-        relative to a changed base.
-        """
-        if (init := config.get("init_lora_weights")) in ("pissa", "olora", "corda"):
-            raise ValueError(
-                f"saved relative to a changed base (init_lora_weights={init!r}); convert it in "
-                "peft first (path_initial_model_for_weight_conversion)."
-            )
-        return {key: dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
+    def reads_hf(cls, config: Mapping[str, Any]) -> bool:
+        """Everything of this type but DoRA."""
+        return not config.get("use_dora")
 
 
 def _whole(delta: Delta) -> tuple[Tensor, Tensor, float]:
     """(A, B, s) of a module's whole change. The roles of a fused linear become one pair: B is zero
     on other rows.
     """
-    if isinstance(delta, LoRADelta):
-        return *delta.factors(), delta.scale
-    assert isinstance(delta, RowsDelta), type(delta)
+    if not isinstance(delta, RowsDelta):
+        pair = cast(LoRADelta, getattr(delta, "lora", delta))  # DoRA's is a part of it
+        return *pair.factors(), pair.scale
     parts = [(delta.index(role), *_whole(delta.part(role))) for role in delta.parts]
     scale, rank = parts[0][3], sum(A.shape[0] for _, A, _, _ in parts)
     B = parts[0][2].new_zeros(delta.d_out, rank)

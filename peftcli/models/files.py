@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import safe_open
+from torch import Tensor
+
 from peftcli.errors import DataError
 
 TOKENIZERS = (
@@ -45,6 +48,15 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists.")
     return [folder / shard for shard in shards]
+
+
+def read_weight(folder: Path, names: Iterable[str]) -> Tensor | None:
+    """The tensor with the first of `names` that the folder's safetensors hold, or None."""
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in set(names) & set(file.keys()):
+                return file.get_tensor(name)
+    return None
 
 
 def check_tokenizer(folder: Path) -> None:

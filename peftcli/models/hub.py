@@ -37,12 +37,20 @@ def snapshot(
     `key` is the setting that named it, `wanted` the patterns of its files. `check` raises DataError
     for a folder that is not whole.
     """
+    if found := cached(name, revision, check):
+        return found
+    fetched = _fetch(key, name, revision, wanted)
+    check(fetched)
+    return fetched
+
+
+def cached(name: str, revision: str | None, check: Callable[[Path], object]) -> Path | None:
+    """The whole folder in the hub's own cache, without asking the network; None without one."""
     try:
         local = Path(snapshot_download(name, revision=revision, local_files_only=True))
         check(local)
     except (LocalEntryNotFoundError, DataError):  # not there, or fetched only in part
-        local = _fetch(key, name, revision, wanted)
-        check(local)
+        return None
     return local
 
 

@@ -7,10 +7,12 @@ Weights go from the mapped safetensors straight into the wanted type. What a tas
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -33,7 +36,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftcli.errors import ConfigError, DataError
+from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.convert import folder_of
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
@@ -188,6 +191,34 @@ def empty_model(
     config = for_task(source, task, labels)
     with torch.device("meta"), quiet():
         return _class(task, config)(config).eval()
+
+
+def config_of(architecture: Mapping[str, Any]) -> PreTrainedConfig:
+    """A configuration from its model type and dimensions (`model.architecture`).
+
+    Raises ConfigError for a type or a name that transformers does not have.
+    """
+    dimensions = dict(architecture)
+    kind = dimensions.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        near = did_you_mean(str(kind), CONFIG_MAPPING)
+        raise ConfigError(
+            f"model.architecture.model_type={kind}: transformers has no such architecture.{near}"
+        )
+    cls = CONFIG_MAPPING[kind]
+    known = {*cls().to_dict(), *cls.attribute_map}
+    modeling = importlib.import_module(cls.__module__.replace("configuration_", "modeling_"))
+    code = inspect.getsource(modeling)  # DeBERTa reads some that its configuration does not list
+    for name in dimensions:
+        if name not in known and f'(config, "{name}"' not in code:
+            raise ConfigError(
+                f"model.architecture.{name}: a {kind} has no such dimension."
+                f"{did_you_mean(name, known)}"
+            )
+    try:
+        return cls(**dimensions)
+    except (TypeError, ValueError) as error:  # of a wrong type, or dimensions that do not fit
+        raise ConfigError(f"model.architecture: {_first_sentence(error)}") from None
 
 
 def for_task(

@@ -48,6 +48,12 @@ _OUTSIDE = {  # role: names that may stand anywhere in a path outside the blocks
 _BY_HEAD = frozenset("bloom falcon gpt_bigcode gpt_neox gpt_neox_japanese persimmon".split())
 _IN_ORDER = frozenset("gpt2 imagegpt modernbert mpt phi3".split())  # all of q, all of k, all of v
 _GATE_FIRST = {"glm", "glm4", "modernbert", "phi3"}  # the half that the activation sees comes first
+_CROSS = frozenset("EncDecAttention crossattention cross_attn encoder_attn".split())
+_POST_NORM = frozenset(  # the norm comes after the sum of a sub-layer and its residual
+    "albert bart bert blenderbot-small camembert data2vec-text deberta deberta-v2 distilbert "
+    "electra ernie layoutlm longformer marian mpnet openai-gpt plbart roberta xlm-roberta".split()
+)
+_PARALLEL = frozenset("codegen cohere cohere2 gptj phi".split())  # attention and MLP share a sum
 _TOWERS = {  # tower: names that may stand anywhere in a path
     "vision": "vision_model vision_tower visual vision_embed_tokens",
     "audio": "audio_model audio_tower",
@@ -93,6 +99,26 @@ class Layout:
         """text, vision, audio, encoder or decoder for paths in a block; None elsewhere."""
         around = self.block_path_of(path)
         return None if around is None else self.towers[self.blocks.index(around)]
+
+
+def is_cross(path: str) -> bool:
+    """Whether the path lies in a cross-attention."""
+    return not _CROSS.isdisjoint(path.split("."))
+
+
+def residual_of(model: nn.Module, path: str) -> str:
+    """How sub-layers join the residual stream around the path: `pre` (h = r + f(norm(r))), `post`
+    (h = norm(r + f(r))) or `parallel` (pre, attention and MLP in one sum).
+    """
+    config = _config(path, dict(model.named_modules()))
+    family = getattr(config, "model_type", None)
+    flags = ("do_layer_norm_before", "do_stable_layer_norm")  # OPT; wav2vec 2.0
+    if family in _POST_NORM or not all(getattr(config, flag, True) for flag in flags):
+        return "post"
+    shared = any(
+        getattr(config, flag, False) for flag in ("parallel_attn", "use_parallel_residual")
+    )
+    return "parallel" if shared or family in _PARALLEL else "pre"
 
 
 def layout(model: nn.Module) -> Layout:

@@ -64,6 +64,20 @@ def resolve(cfg: Model, cache: Path) -> Source:
     raise DataError(f"model.name_or_path={name!r}: there is no such folder. {hub.THREE_WAYS}")
 
 
+def is_here(cfg: Model, cache: Path) -> bool:
+    """Whether `resolve` would find the whole files without the network."""
+    name = cfg.name_or_path
+    local = name.startswith("package:") or Path(name).expanduser().exists()
+    if _HUB_ID.fullmatch(name) and not local:
+        check = lambda folder: check_folder(folder, cfg.tokenizer is None)  # noqa: E731
+        return hub.cached(name, cfg.revision, check) is not None
+    try:
+        resolve(cfg, cache)
+    except DataError:
+        return False
+    return True
+
+
 def fingerprint(source: Source, cache: Path) -> str:
     """Sha256 over the weight files; each is hashed once and remembered by path, size and time."""
     paths = [source.path / source.gguf] if source.gguf else weight_files(source.path)

@@ -109,7 +109,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by 'parameter::key', everything else: the groups' options and plain values)."""
-    names = {id(p): n for n, p in parts.host.trained().items()}
+    names = {id(p): n for n, p in parts.host.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for group in parts.optimizer.param_groups:
@@ -247,7 +247,7 @@ def load(path: Path, parts: Parts) -> dict[str, Any]:
 
 
 def _load_optimizer(parts: Parts, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    named = parts.host.trained()
+    named = dict(parts.host.model.named_parameters())  # what rests may have a state too
     for entry, value in [*tensors.items(), *rest["state"].items()]:
         name, _, key = entry.rpartition("::")
         if isinstance(value, Tensor) and value.ndim:

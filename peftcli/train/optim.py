@@ -35,12 +35,15 @@ def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> O
     groups = method.param_groups(host, settings.lr, settings.weight_decay)
     if not groups:
         raise ConfigError("nothing trains: the method leaves no trainable parameter on this model.")
-    if (own := method.optimizer(groups)) is not None:
-        return own
+    host.optimizer = method.optimizer(groups)
+    if host.optimizer is not None:
+        return host.optimizer
     try:
-        return cls(groups, lr=settings.lr, weight_decay=settings.weight_decay, **kwargs)
+        made = cls(groups, lr=settings.lr, weight_decay=settings.weight_decay, **kwargs)
     except (TypeError, ValueError, RuntimeError) as e:
         raise ConfigError(f"optimizer: {name} refuses these options: {e}") from None
+    host.optimizer = made
+    return made
 
 
 def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRScheduler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Preview:
     device: torch.device
     autocast: torch.dtype | None = None
     head: nn.Linear | None = None
+    tokenizer: Any = None
+    labels: tuple[str, ...] = ()
 
     def batches(self, n: int) -> Iterator[Batch]:
         """The first `n` micro-batches; fewer where the data end."""
@@ -45,6 +48,23 @@ class Preview:
         with self._autocast():
             total = objective.loss_sum(self.task, self.model, batch, self.head)
         return total / batch.num_targets
+
+    def tokens(self, batch: Batch, source: bool = False) -> Tensor | None:
+        """(B, T), which tokens count: those that answer for a target, or all real ones where no
+        token is a target or the `source` of an encoder-decoder is meant; None means all.
+        """
+        inputs, kept = batch.inputs, batch.inputs.get("logits_to_keep")
+        if source or (batch.select is None and kept is None):
+            mask = inputs.get("attention_mask")
+            return None if mask is None else mask.bool()
+        ids: Any = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        if batch.select is None:
+            found[0, kept] = True
+        else:
+            row, column = batch.select
+            found[row, column if kept is None else kept[column]] = True
+        return found
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)

@@ -116,7 +116,7 @@ def test_methods_shows_all_and_one(cli: Cli) -> None:
         "takes": "a whole number >= 1",
         "meaning": "rank, from 1",
     }
-    assert "Did you mean lora?" in cli("methods", "lroa", code=2).stderr
+    assert "Did you mean lora" in cli("methods", "lroa", code=2).stderr
 
 
 def test_explain_tells_of_keys_groups_choices_and_recipes(cli: Cli) -> None:

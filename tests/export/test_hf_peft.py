@@ -169,10 +169,12 @@ def test_missing_and_unknown_tensors_are_refused(folder: Path) -> None:
 
 def test_options_that_are_not_supported_are_named(folder: Path) -> None:
     config = json.loads((folder / adapter.CONFIG).read_text())
-    (folder / adapter.CONFIG).write_text(json.dumps({**config, "use_dora": True}))
-    refused(folder, "use_dora")
+    (folder / adapter.CONFIG).write_text(json.dumps({**config, "layer_replication": [[0, 2]]}))
+    refused(folder, "layer_replication")
     (folder / adapter.CONFIG).write_text(json.dumps({**config, "peft_type": "XLORA"}))
-    refused(folder, "'XLORA' is not one of LORA")
+    refused(folder, "XLORA cannot train here")
+    (folder / adapter.CONFIG).write_text(json.dumps({**config, "peft_type": "LORAX"}))
+    refused(folder, "no such tuner. Did you mean")
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""FourierFT: a few coefficients of the change's discrete Fourier transform.
+
+"Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", Gao et al., ICML 2024, arXiv
+2405.03003.
+
+    y = W x + b + dW x        dW = s Re(ifft2(F))
+    F (O, I) zero but for c (n,) at random positions, the same in all layers of one shape
+
+A smooth basis says much with few numbers. c starts normal, so the model does not start as the base:
+entries of dW have deviation s sqrt(n/2) / (O I); `init_weights=true` starts at zero.
+
+Positions and orientation are those of Hugging Face peft; the authors' code takes square layers only
+and applies the transposed change, so its files do not carry over. A layer of fewer than n entries
+trains all of them, where peft refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import torch
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peftcli.core.layer import Layer
+from peftcli.core.site import Site
+from peftcli.kernels.fourier_linear import fourier_linear
+from peftcli.methods.spectral import SpectralDelta, SpectralMethod, random_positions
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
+
+
+class FourierFTDelta(SpectralDelta):
+    """dW = s Re(ifft2(F))   (Gao et al. 2024, eq. 3)."""
+
+    hf_keys: ClassVar[dict[str, str]] = {"coefficients": "fourierft_spectrum"}
+
+    def __init__(self, site: Site, positions: Tensor, scale: float) -> None:
+        super().__init__(site, positions)
+        self.scale, self.is_linear = scale, site.kind == "linear"
+
+    def transform(self, spectrum: Tensor) -> Tensor:
+        """s Re(ifft2(F))."""
+        return torch.fft.ifft2(spectrum).real * self.scale
+
+    def branch(self, x: Tensor, layer: Layer) -> Tensor:
+        """x dW', which a linear layer need not keep for the backward pass."""
+        if not self.is_linear:
+            return super().branch(x, layer)
+        return fourier_linear(x, self.coefficients, self.positions, self.shape, self.scale)
+
+
+@dataclass(frozen=True)
+class FourierFT(SpectralMethod):
+    """Sparse spectrum of the weight's change."""
+
+    family: ClassVar[str] = "sparse"
+    peft_type: ClassVar[str | None] = "FOURIERFT"
+    hf_fields: ClassVar[Mapping[str, str]] = {
+        "n": "n_frequency",
+        "scaling": "scaling",
+        "seed": "random_loc_seed",
+        "init_weights": "init_weights",
+    }
+    hf_harmless: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "n_frequency_pattern"})
+    starts_at_base: ClassVar[bool] = False
+
+    n: Annotated[int, Ge(1)] = 1000
+    scaling: Annotated[float, Gt(0)] = 150.0
+    seed: Annotated[int, Ge(0)] = 777
+    init_weights: bool = False
+    n_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
+    head_lr: Annotated[float, Gt(0)] | None = None
+    target_modules: str | tuple[str, ...] = ("q", "v")
+
+    def build(self, site: Site) -> FourierFTDelta:
+        """Coefficients at the seed's positions, normal or zero."""
+        size = site.d_out * site.d_in
+        n = min(int(site.pick(self.n_pattern, self.n)), size)
+        delta = FourierFTDelta(site, random_positions(size, n, self.seed), self.scaling)
+        if not self.init_weights:
+            nn.init.normal_(delta.coefficients)
+        return delta
+
+    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """`head_lr` is the rate of what trains beside the coefficients."""
+        *rest, coefficients = super().param_groups(host, lr, weight_decay)
+        return [{**group, "lr": self.head_lr or lr} for group in rest] + [coefficients]
+
+    # -- Hugging Face peft -------------------------------------------------------------------------
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """Its layers are whole linears."""
+        odd = [
+            s.name
+            for s in host.sites[name]
+            if s.rows or not isinstance(s.module, nn.Linear | Conv1D)
+        ]
+        return f"peft transforms whole linear layers only, not {odd[0]}" if odd else None
+
+    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
+        """The number of coefficients where it is not n."""
+        counts = {s.path: d.coefficients.numel() for s, d in host.deltas(name)}  # pyright: ignore
+        return {
+            "n_frequency_pattern": {path: n for path, n in counts.items() if n != self.n},
+            "bias": "none",
+            "fan_in_fan_out": all(isinstance(s.module, Conv1D) for s in host.sites[name]),
+        }
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers of coefficients of single modules."""
+        return {"n_pattern": dict(config.get("n_frequency_pattern") or {})}

@@ -1,0 +1,219 @@
+"""LoHa: the Hadamard product of two low-rank products. FedPara: Low-rank Hadamard Product for
+Communication-Efficient Federated Learning. Hyeon-Woo et al., ICLR 2022, arXiv 2108.06098; as an
+adapter in LyCORIS, Yeh et al., ICLR 2024, arXiv 2309.14859.
+
+    W' = W + s (W1a W1b) * (W2a W2b)      Wia (O, R), Wib (R, I), * elementwise, s = alpha / r
+
+The elementwise product of two matrices of rank r has rank up to r^2, for twice LoRA's parameters.
+`use_effective_conv2d` writes each factor of a convolution as a core T (R, R, K) between a (R, O)
+and b (R, C), so that the K kernel positions cost R^2 instead of R each.
+
+`rank_dropout` drops rows of the weight's change, not of the rank, as LyCORIS's code does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from peftcli.core.delta import Delta, WeightDelta
+from peftcli.core.layer import Layer
+from peftcli.core.method import Method
+from peftcli.core.site import Site
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
+
+
+def hadamard_product(W1a: Tensor, W1b: Tensor, W2a: Tensor, W2b: Tensor) -> Tensor:
+    """(W1a W1b) * (W2a W2b), (O, I). Only the factors are saved for the backward pass."""
+    return cast(Tensor, _HadamardProduct.apply(W1a, W1b, W2a, W2b))
+
+
+class _HadamardProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, W1a: Tensor, W1b: Tensor, W2a: Tensor, W2b: Tensor) -> Tensor:
+        ctx.save_for_backward(W1a, W1b, W2a, W2b)
+        return (W1a @ W1b).mul_(W2a @ W2b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        (G,) = grad_outputs
+        W1a, W1b, W2a, W2b = ctx.saved_tensors
+        G1, G2 = G * (W2a @ W2b), G * (W1a @ W1b)
+        return G1 @ W1b.T, W1a.T @ G1, G2 @ W2b.T, W2a.T @ G2
+
+
+class LycorisDelta(WeightDelta):
+    """A change of W that is dropped row by row, or whole, while training."""
+
+    def __init__(self, method: Lycoris, site: Site, rescales: bool) -> None:
+        super().__init__()
+        self.scale, self.rescales = method.scale(site), rescales
+        self.rank_dropout, self.module_dropout = method.rank_dropout, method.module_dropout
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped now."""
+        return self.training and (self.rank_dropout > 0 or self.module_dropout > 0)
+
+    def rows_kept(self, d_out: int, device: torch.device) -> Tensor:
+        """Factors (O,) of the rows of dW: 0 where dropped; all 0 where the module is. Rescaled, the
+        mean over the rows is 1.
+        """
+        kept = (torch.rand(d_out, device=device) > self.rank_dropout).float()
+        if self.rescales:
+            kept = kept / kept.mean().clamp_min(1 / len(kept))  # without a row: 0, not 0/0
+        return kept * (torch.rand((), device=device) > self.module_dropout)
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """The layer's product with W + dW."""
+        if not self.drops:
+            return super().forward(x, layer)
+        W = layer.weight
+        W = W + self.rows_kept(len(W), W.device)[:, None] * self.delta(W)
+        return layer.linear(x, W.to(x.dtype) if x.is_floating_point() else W, layer.bias)
+
+
+class LoHaDelta(LycorisDelta):
+    """dW = s (W1a W1b) * (W2a W2b)  (Hyeon-Woo et al. 2022); with cores, each factor of a
+    convolution is sum_pq T[p, q, k] a[p, o] b[q, c]  (prop. 3).
+    """
+
+    hf_keys: ClassVar[dict[str, str]] = {
+        "W1a": "hada_w1_a",
+        "W1b": "hada_w1_b",
+        "W2a": "hada_w2_a",
+        "W2b": "hada_w2_b",
+    }
+
+    def __init__(self, method: LoHa, site: Site) -> None:
+        super().__init__(method, site, rescales=True)
+        r, kernel = method.rank(site), kernel_of(site)
+        core = method.use_effective_conv2d and kernel > 1
+        a, b = (
+            ((r, site.d_out), (r, site.d_in // kernel))
+            if core
+            else ((site.d_out, r), (r, site.d_in))
+        )
+        self.W1a, self.W1b, self.W2a = kaiming(*a), kaiming(*b), kaiming(*a)  # (O, R), (R, I)
+        self.W2b = nn.Parameter(torch.zeros(b))  # (R, I), zero so dW = 0 at start
+        self.T1 = kaiming(r, r, kernel) if core else None  # (R, R, K)
+        self.T2 = kaiming(r, r, kernel) if core else None
+
+    def delta(self, W: Tensor) -> Tensor:
+        """s (W1a W1b) * (W2a W2b)."""
+        if self.T1 is None or self.T2 is None:
+            return self.scale * hadamard_product(self.W1a, self.W1b, self.W2a, self.W2b)
+        P1, P2 = from_core(self.T1, self.W1a, self.W1b), from_core(self.T2, self.W2a, self.W2b)
+        return self.scale * (P1 * P2).flatten(1)
+
+
+def kaiming(*shape: int) -> nn.Parameter:
+    """Uniform in +-1/sqrt(f), f the size of a row."""
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    return parameter
+
+
+def kernel_of(site: Site) -> int:
+    """Kernel positions of a convolution; 1 elsewhere."""
+    return math.prod(cast(Any, site.module).kernel_size) if site.kind == "conv" else 1
+
+
+def from_core(T: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """sum_pq T[p, q, k] a[p, o] b[q, c]: (R, R, K), (R, O), (R, C) -> (O, C, K)."""
+    return torch.einsum("pqk,po,qc->ock", T, a, b)
+
+
+@dataclass(frozen=True)
+class Lycoris(Method):
+    """What LoHa and LoKr have in common: scale, dropout of rows and modules, patterns, and their
+    place in peft.
+    """
+
+    family: ClassVar[str] = "low-rank"
+    hf_fields: ClassVar[Mapping[str, str]] = {
+        "r": "r",
+        "alpha": "alpha",
+        "rank_dropout": "rank_dropout",
+        "module_dropout": "module_dropout",
+        "use_effective_conv2d": "use_effective_conv2d",
+    }
+    hf_harmless: ClassVar[frozenset[str]] = frozenset(
+        {"init_weights", "rank_pattern", "alpha_pattern"}
+    )
+
+    r: Annotated[int, Ge(1)] = 8
+    alpha: Annotated[float, Gt(0)] = 8.0
+    rank_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    module_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: str | tuple[str, ...] = ("q", "v")
+    rank_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
+    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
+
+    def rank(self, site: Site) -> int:
+        """The site's rank."""
+        return int(site.pick(self.rank_pattern, self.r))
+
+    def scale(self, site: Site) -> float:
+        """s = alpha / r."""
+        return site.pick(self.alpha_pattern, self.alpha) / self.rank(site)
+
+    # -- Hugging Face peft -------------------------------------------------------------------------
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """peft takes whole linear layers and convolutions in one or two dimensions."""
+        for site in host.sites[name]:
+            if not isinstance(site.module, nn.Linear | nn.Conv1d | nn.Conv2d) or site.rows:
+                return f"peft has no such delta at {site.name} ({type(site.module).__name__})"
+        return None
+
+    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
+        """Ranks and alphas that differ, by path."""
+        sites = host.sites[name]
+        alphas = {s.path: s.pick(self.alpha_pattern, self.alpha) for s in sites}
+        return {
+            "rank_pattern": {s.path: self.rank(s) for s in sites if self.rank(s) != self.r},
+            "alpha_pattern": {p: alpha for p, alpha in alphas.items() if alpha != self.alpha},
+            "init_weights": True,
+        }
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Ranks and alphas of single modules."""
+        return {key: dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
+
+
+def hf_core(module: nn.Module, T: Tensor) -> Tensor:
+    """A core (R, R, K) in peft's shape, with the kernel's sides; those of one dimension get a 1."""
+    sides = cast(Any, module).kernel_size
+    return T.view(*T.shape[:2], *sides, *[1] * (2 - len(sides)))
+
+
+@dataclass(frozen=True)
+class LoHa(Lycoris):
+    """Low-rank Hadamard products on linear, convolution and embedding weights."""
+
+    peft_type: ClassVar[str | None] = "LOHA"
+
+    def build(self, site: Site) -> LoHaDelta:
+        """Two pairs of factors for the site."""
+        return LoHaDelta(self, site)
+
+    def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
+        """The factors, and the cores of a convolution."""
+        assert isinstance(delta, LoHaDelta)
+        cores = {"hada_t1": delta.T1, "hada_t2": delta.T2}
+        held = {key: hf_core(module, T) for key, T in cores.items() if T is not None}
+        return super().hf_module(module, delta) | held

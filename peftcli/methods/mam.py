@@ -1,0 +1,77 @@
+"""Mix-And-Match adapter: Towards a Unified View of Parameter-Efficient Transfer Learning. He, Zhou
+et al., ICLR 2022, arXiv 2110.04366.
+
+    attention_l(x) = softmax(Q [P_k; K]' / sqrt(D) + mask) [P_v; V]          P_k, P_v (P, D)
+    y = FFN(x) + s (drop(ReLU(x W_down + b_down)) W_up + b_up)      W_down (D, R), W_up (R, D)
+
+A short prefix in every attention, which a small budget serves best, plus a wide scaled parallel
+adapter beside every feed-forward part, which a large budget serves best: the union of
+`prefix_tuning` and `parallel_adapter`, with one learning rate.
+
+While it trains the prefix comes out of a map (`prefix_mlp`), which is folded at the end; without
+one it starts at N(0, 0.02^2). The start is not the base: the prefix takes its share of the softmax
+at once. Tokens keep their positions. The paper's RoBERTa code also makes maps and adapters that
+nothing reads; here are none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Lt
+
+from peftcli.core.method import Method
+from peftcli.errors import ConfigError
+from peftcli.methods.parallel_adapter import ParallelAdapter, graft_prefix
+from peftcli.methods.prefix_tuning import PrefixTuning, fold_prefixes, prefixes_of
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
+    from peftcli.core.scores import Calibration
+
+
+@dataclass(frozen=True)
+class MAM(Method):
+    """A prefix in every attention and a parallel adapter beside every feed-forward part."""
+
+    family: ClassVar[str] = "adapter"
+    starts_at_base: ClassVar[bool] = False
+
+    prefix_length: Annotated[int, Ge(0)] = 30
+    prefix_mid_dim: Annotated[int, Ge(1)] = 800
+    prefix_mlp: bool = True
+    prefix_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    ffn_r: Annotated[int, Ge(0)] = 512
+    ffn_scale: float | Literal["learned"] = 4.0
+    ffn_init: Literal["lora", "bert"] = "lora"
+
+    def setup(self, host: Host, data: Calibration | None = None) -> None:
+        """Both parts, under one name."""
+        if not self.prefix_length and not self.ffn_r:
+            raise ConfigError("method.prefix_length=0 and method.ffn_r=0 leave nothing to train.")
+        if self.prefix_length:
+            prefix = PrefixTuning(
+                prefix_length=self.prefix_length,
+                prefix_projection=self.prefix_mlp,
+                mid_dim=self.prefix_mid_dim,
+                prefix_dropout=self.prefix_dropout,
+                position_offset="zero",
+            )
+            graft_prefix(host, prefix, data)
+        if self.ffn_r:
+            ffn = ParallelAdapter(
+                ffn_r=self.ffn_r, ffn_scale=self.ffn_scale, ffn_init=self.ffn_init
+            )
+            ffn.setup(host, data)
+
+    def finish(self, host: Host) -> None:
+        """Fold the map: what is kept of the prefix are P_k and P_v."""
+        for name, method in host.adapters.items():
+            if method is self and self.prefix_length and self.prefix_mlp:
+                fold_prefixes(host, name)
+
+    def published(self, host: Host, name: str) -> Method:
+        """Without the map, once it is folded."""
+        folded = all(delta.B is None for delta in prefixes_of(host, name))
+        return replace(self, prefix_mlp=self.prefix_mlp and not folded)

@@ -1,0 +1,266 @@
+"""Partial fine-tuning: named modules of the base train, all else rests.
+
+    theta' = theta - lr * update        for theta of the chosen modules
+
+The last block, embeddings and head: "Exploring and Evaluating Personalized Models for Code
+Generation", Zlotchevski et al., ESEC/FSE 2022, arXiv 2208.13928. Norms alone: "Tuning LayerNorm in
+Attention: Towards Efficient Multi-Modal LLM Finetuning", Zhao et al., 2023, arXiv 2312.11420. What
+lies below the lowest chosen block needs no backward pass, and its activations are not kept.
+
+There is no official code: presets are ours. `last_layer` is the last block of the decoder where
+there are two stacks. Heads that share their weight with the embeddings train it in both places,
+unless `untie` gives the head its own. Norms travel in Hugging Face peft's LN tuning format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from peftcli.core.delta import WeightDelta
+from peftcli.core.layer import Layer
+from peftcli.core.method import Method
+from peftcli.core.site import Site
+from peftcli.errors import ConfigError, NotApplicable, nearest
+from peftcli.export.hf_peft import target_names
+from peftcli.methods.selection import base_names, inside
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
+    from peftcli.core.scores import Calibration
+
+QK_NORM = re.compile(r"(.*\.)?[qk]_(layer)?norm")
+
+
+class TokenRows(WeightDelta):
+    """W'[ids] = rows: chosen rows of a token table; a head that shares the table shares them."""
+
+    index: Tensor
+    slot: Tensor
+
+    def __init__(self, site: Site, ids: Sequence[int], table: TokenRows | None = None) -> None:
+        super().__init__()
+        V = site.d_in if site.kind == "embedding" else site.d_out
+        index, slot = torch.tensor(ids), torch.full((V,), len(ids))
+        slot[index] = torch.arange(len(ids))
+        self.register_buffer("index", index, persistent=False)  # (K,)
+        self.register_buffer("slot", slot, persistent=False)  # (V,): place in `rows`, K elsewhere
+        self.is_table = site.kind == "embedding"
+        self.table = (table,) if table else ()  # in a tuple, so that it is saved once
+        if table is None:
+            self.rows = nn.Parameter(site.weight[:, ids].T.float().clone())  # (K, D)
+
+    def delta(self, W: Tensor) -> Tensor:
+        """The change of W, (D, V) or (V, D): zero outside of the rows."""
+        rows = self._rows()
+        if self.is_table:
+            change = rows.T - W[:, self.index]
+            return torch.zeros_like(W, dtype=rows.dtype).index_copy(1, self.index, change)
+        change = rows - W[self.index]
+        return torch.zeros_like(W, dtype=rows.dtype).index_copy(0, self.index, change)
+
+    def _rows(self) -> Tensor:
+        return self.table[0].rows if self.table else self.rows
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """What is looked up, or its products, with the chosen rows in their place."""
+        y, rows = layer(x), self._rows()
+        if not self.is_table:
+            b = None if layer.bias is None else layer.bias[self.index]
+            mine = layer.linear(x, rows.to(x.dtype), b)
+            return y.index_copy(-1, self.index, mine.to(y.dtype))
+        slot = self.slot[x]
+        table = torch.cat([rows, torch.zeros_like(rows[:1])])  # (K + 1, D)
+        mine = layer.linear(slot, table.T)
+        return torch.where((slot < len(rows))[..., None], mine.to(y.dtype), y)
+
+
+# -- presets: paths of modules ---------------------------------------------------------------------
+def _last_layer(method: Partial, host: Host) -> list[str]:
+    """The last blocks of the decoder, else of the text model, else of the only stack."""
+    towers = host.layout.towers
+    tower = next((t for t in ("decoder", "text") if t in towers), towers[-1])
+    stack = [path for path, t in zip(host.layout.blocks, towers, strict=True) if t == tower]
+    if method.n_last > len(stack):
+        raise ConfigError(
+            f"method.n_last={method.n_last}: {type(host.model).__name__} has {len(stack)} blocks."
+        )
+    return stack[-method.n_last :]
+
+
+def _embed_head(method: Partial, host: Host) -> list[str]:
+    model = cast(PreTrainedModel, host.model)
+    return [_path_of(host, model.get_input_embeddings()), *_head(method, host)]
+
+
+def _head(method: Partial, host: Host) -> list[str]:
+    """The output embeddings of a language model, else the classifier."""
+    head = cast(PreTrainedModel, host.model).get_output_embeddings()
+    if head is not None:
+        return [_path_of(host, head)]
+    return [p for p, role in host.layout.names.items() if role == "classifier"]
+
+
+def _layernorm(method: Partial, host: Host) -> list[str]:
+    norms = [p for p, role in host.layout.names.items() if role == "norm"]
+    return [p for p in norms if method.include_qk_norm or not QK_NORM.fullmatch(p)]
+
+
+def _attention(method: Partial, host: Host) -> list[str]:
+    roles = ("q", "k", "v", "o", "qkv", "pos_q", "pos_k")
+    return [p for p, role in host.layout.names.items() if role in roles]
+
+
+def _path_of(host: Host, module: nn.Module) -> str:
+    return next(path for path, m in host.model.named_modules() if m is module)
+
+
+PRESETS: dict[str, Callable[[Partial, Host], list[str]]] = {
+    "last_layer": _last_layer,
+    "embed_head": _embed_head,
+    "layernorm": _layernorm,
+    "head": _head,
+    "attention": _attention,
+}
+
+
+@dataclass(frozen=True)
+class Partial(Method):
+    """Some modules of the base train whole, or some rows of its token table."""
+
+    family: ClassVar[str] = "selective"
+    peft_type: ClassVar[str | None] = "LN_TUNING"
+    on_quantised: ClassVar[bool] = False
+
+    preset: Literal["last_layer", "embed_head", "layernorm", "head", "attention", "custom"] = (
+        "last_layer"
+    )
+    modules: tuple[str, ...] = ()
+    n_last: Annotated[int, Ge(1)] = 1
+    train_biases: bool = True
+    include_qk_norm: bool = False
+    untie: bool = False
+    token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
+
+    def setup(self, host: Host, data: Calibration | None = None) -> None:
+        """Select the modules' parameters, or graft the chosen rows of the token table."""
+        if self.token_ids:
+            self._train_rows(host)
+            return
+        chosen = self.names(host)
+        if not chosen:
+            raise NotApplicable(
+                f"{type(host.model).__name__} has nothing of method.preset={self.preset}: take "
+                "another, or name parameters in method.modules."
+            )
+        head = cast(PreTrainedModel, host.model).get_output_embeddings()
+        if self.untie and head is not None:
+            _untie(host, head)
+            chosen = self.names(host)
+        first = base_names(host)
+        tied = {f"{n} (tied to {first[n]})": 1 for n in chosen if n != first[n]}
+        what = "modules" if self.modules else self.preset
+        names = dict.fromkeys(first[n] for n in chosen)
+        host.matched[host.building] = {what: len(names), **tied}
+        host.select(names)
+
+    def names(self, host: Host) -> list[str]:
+        """The parameters that train, tied ones under each of their names."""
+        every = list(base_names(host))
+        if self.modules:
+            names = [n for pattern in self.modules for n in _matches(host, pattern, every)]
+        elif self.preset == "custom":
+            raise ConfigError(
+                "method.preset=custom: name the parameters in method.modules, as regular "
+                "expressions for their whole names."
+            )
+        else:
+            names = inside(every, PRESETS[self.preset](self, host))
+        return [n for n in names if self.train_biases or not n.endswith(".bias")]
+
+    def _train_rows(self, host: Host) -> None:
+        """Rows of the input embeddings; a head tied to them sees the same."""
+        if self.preset != "embed_head" or self.modules:
+            raise ConfigError(
+                "method.token_ids are rows of the token embeddings: they go with "
+                "method.preset=embed_head and no method.modules."
+            )
+        model = cast(PreTrainedModel, host.model)
+        table, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if not isinstance(table, nn.Embedding):
+            raise NotApplicable(
+                f"{type(model).__name__} has no token embeddings: leave method.token_ids empty."
+            )
+        wrong = [i for i in self.token_ids if i >= table.num_embeddings]
+        if wrong or len(set(self.token_ids)) < len(self.token_ids):
+            raise ConfigError(
+                f"method.token_ids={list(self.token_ids)}: must be different numbers below "
+                f"{table.num_embeddings}."
+            )
+        sites = [site for site in host.find("embed") if site.module.weight is table.weight]
+        if head is not None and head.weight is table.weight:
+            sites += host.find(_path_of(host, head))
+        rows = TokenRows(sites[0], self.token_ids)
+        for i, site in enumerate(sites):
+            host.graft(site, TokenRows(site, self.token_ids, rows) if i else rows)
+        host.matched[host.building] = {"rows of the token table": len(self.token_ids)}
+
+    # -- Hugging Face peft -------------------------------------------------------------------------
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """peft's LN tuning holds norms alone."""
+        if self.token_ids:
+            return "rows of the token table are kept in our own format"
+        norms = all(host.layout.role_of(path) == "norm" for path in self._paths(host))
+        return None if norms else "peft has a format for norms only"
+
+    def _paths(self, host: Host) -> list[str]:
+        return list(dict.fromkeys(n.rpartition(".")[0] for n in self.names(host)))
+
+    def hf_tensors(self, host: Host, name: str) -> dict[str, Tensor]:
+        """Weight and bias of every norm that has one that trains."""
+        names = inside(base_names(host), self._paths(host))
+        split = [n.rpartition(".") for n in names]
+        return {
+            f"{path}.ln_tuning_layers.{leaf}": host.model.get_parameter(f"{path}.{leaf}").detach()
+            for path, _, leaf in split
+        }
+
+    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
+        """The norms' names."""
+        return {"target_modules": target_names(host.model, set(self._paths(host)))}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """peft's names of modules as expressions for the names of their parameters."""
+        targets = config["target_modules"]
+        if isinstance(targets, str):
+            return {"preset": "custom", "modules": (rf"({targets})\.[^.]+",)}
+        patterns = tuple(rf"(.*\.)?{re.escape(target)}\.[^.]+" for target in targets)
+        return {"preset": "custom", "modules": patterns}
+
+
+def _matches(host: Host, pattern: str, names: list[str]) -> list[str]:
+    try:
+        found = [n for n in names if re.fullmatch(pattern, n)]
+    except re.error as e:
+        raise ConfigError(f"method.modules={pattern!r}: is no regular expression: {e}.") from None
+    if not found:
+        near = nearest(pattern, names)
+        raise ConfigError(
+            f"method.modules: {pattern!r} matches the whole name of no parameter of "
+            f"{type(host.model).__name__}." + (f" Nearest: {', '.join(near)}." if near else "")
+        )
+    return found
+
+
+def _untie(host: Host, head: nn.Module) -> None:
+    """Give the head a weight of its own, equal to the embeddings'."""
+    head.weight = nn.Parameter(cast(Tensor, head.weight).detach().clone(), requires_grad=False)
+    cast(Any, host.model).config.tie_word_embeddings = False

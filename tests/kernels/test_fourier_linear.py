@@ -1,0 +1,48 @@
+"""The product with a sparse spectrum's weight equals the sum of its cosines, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from peftcli.kernels.fourier_linear import fourier_linear, fourier_linear_ref, fourier_weight
+
+
+@pytest.mark.parametrize(
+    ("positions", "c", "shape", "wanted"),
+    [
+        ([1], [4.0], (2, 2), [[1, -1], [1, -1]]),
+        ([5], [8.0], (2, 4), [[1, 0, -1, 0], [-1, 0, 1, 0]]),
+    ],
+)
+def test_worked_examples(
+    positions: list[int], c: list[float], shape: tuple[int, int], wanted: list[list[float]]
+) -> None:
+    dW = fourier_weight(torch.tensor(c), torch.tensor(positions), shape, 1.0)
+    torch.testing.assert_close(dW, torch.tensor(wanted, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (8, 3), (1, 1), (6, 6)])
+def test_output_and_gradients_equal_the_sum_of_cosines(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    d_out, d_in = shape
+    positions = torch.randperm(d_out * d_in)[: max(1, d_out * d_in // 3)].int()
+    c = torch.randn(len(positions), dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 4, d_in, dtype=torch.float64, requires_grad=True)
+    outputs = [f(x, c, positions, shape, 3.0) for f in (fourier_linear, fourier_linear_ref)]
+    torch.testing.assert_close(*outputs)
+    dy = torch.randn_like(outputs[0])
+    ours, plain = (torch.autograd.grad(y, (x, c), dy) for y in outputs)
+    torch.testing.assert_close(ours, plain)
+
+
+def test_bfloat16_is_as_near_as_plain_bfloat16_products() -> None:
+    torch.manual_seed(0)
+    positions, c = torch.randperm(64 * 48)[:100], torch.randn(100)
+    x = torch.randn(32, 48)
+    exact = fourier_linear_ref(x.double(), c.double(), positions, (64, 48), 50.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = fourier_linear(x, c, positions, (64, 48), 50.0)
+        plain = fourier_linear_ref(x, c, positions, (64, 48), 50.0)
+    assert ours.dtype == torch.bfloat16
+    assert (ours - exact).norm() <= 2 * (plain - exact).norm()

@@ -1,0 +1,150 @@
+"""What BitFit promises: counts of BERT, which tensors change, added biases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BloomConfig, RobertaConfig, T5Config
+
+from peftcli.core.host import Host
+from peftcli.errors import ConfigError, NotApplicable
+from peftcli.methods.bitfit import BiasDelta, BitFit
+from peftcli.models.load import empty_model
+from tests import tiny
+
+LABELS = ("no", "yes")
+BASE = BertConfig(vocab_size=28996)
+LARGE = BertConfig(
+    vocab_size=28996,
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+)
+
+
+def count(host: Host, **options: object) -> int:
+    host.add(BitFit(**options))
+    return sum(host.model.get_parameter(n).numel() for n in host.selected)
+
+
+@pytest.mark.parametrize(
+    ("config", "terms", "wanted"),
+    [
+        (BASE, ("all",), 102_912),
+        (LARGE, ("all",), 272_384),
+        (BASE, ("q", "up"), 46_848),
+        (BASE, ("query", "intermediate.dense"), 46_848),
+        (BASE, ("output.dense",), 12 * 2 * 768 + 768),
+        (BASE, ("output.LayerNorm",), 12 * 2 * 768 + 768),
+        (BASE, ("attention.output.LayerNorm",), 12 * 768 + 768),
+        (BASE, ("norm",), 25 * 768 + 768),
+        (RobertaConfig(), ("all",), 102_144),
+    ],
+    ids="base large small names dense norms attention-norm every-norm roberta".split(),
+)
+def test_parameters_without_the_head(config: object, terms: tuple[str, ...], wanted: int) -> None:
+    host = Host(empty_model(config, "classification", LABELS))
+    total = count(host, bias_terms=terms)
+    head = sum(
+        host.model.get_parameter(n).numel() for n in host.selected if n.startswith("classifier")
+    )
+    assert total - head == wanted
+
+
+def test_parameters_with_a_fresh_head() -> None:
+    host = Host(empty_model(BASE, "classification", LABELS), ["classifier"])
+    host.add(BitFit())
+    trained, total = host.num_parameters()
+    assert trained == 102_912 + 1_538
+    assert total == 108_310_272 + 1_538
+
+
+def test_parameters_of_bloom() -> None:
+    config = BloomConfig(vocab_size=250880, hidden_size=4096, n_layer=30, n_head=32)
+    assert count(Host(empty_model(config, "causal_lm"))) == 1_359_872
+
+
+def test_t5_has_tables_named_bias_but_no_biases() -> None:
+    host = Host(tiny.models()["t5"]())
+    assert any(n.endswith("relative_attention_bias.weight") for n in host.model.state_dict())
+    with pytest.raises(NotApplicable, match="add_missing_bias=true"):
+        host.add(BitFit())
+
+
+def test_biases_added_to_t5_base() -> None:
+    config = T5Config(
+        d_model=768,
+        d_ff=2048,
+        num_layers=12,
+        num_heads=12,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    host = Host(empty_model(config, "seq2seq"))
+    host.add(BitFit(add_missing_bias=True))
+    assert host.num_parameters()[0] == 227_328
+
+
+def test_only_biases_and_the_head_change_in_a_step() -> None:
+    host = Host(tiny.models()["bert"](), ["classifier"])
+    host.add(BitFit())
+    before = {n: p.clone() for n, p in host.model.named_parameters()}
+    optimizer = torch.optim.AdamW(host.trained().values(), lr=0.1)
+    host.model(**tiny.batch("bert")).loss.backward()
+    optimizer.step()
+    changed = {n for n, p in host.model.named_parameters() if not torch.equal(p, before[n])}
+    assert "bert.embeddings.LayerNorm.bias" in changed
+    assert all(n.endswith(".bias") or n.startswith("classifier.") for n in changed)
+    assert changed == set(host.trained())
+
+
+def test_biases_never_decay() -> None:
+    host = Host(tiny.models()["bert"]())
+    method = BitFit()
+    host.add(method)
+    assert [g["weight_decay"] for g in method.param_groups(host, 1e-3, 0.1)] == [0.0]
+
+
+def test_added_biases_start_at_the_base_and_fold() -> None:
+    host = Host(tiny.models()["llama"]())
+    batch = tiny.batch("llama")
+    base = host.model(**batch).logits
+    host.add(BitFit(add_missing_bias=True))
+    assert len(host.sites["default"]) == 3 * 7
+    assert torch.equal(host.model(**batch).logits, base)
+    with torch.no_grad():
+        for p in host.trained().values():
+            p.normal_(std=0.1)
+        apart = host.model(**batch).logits
+        host.merge()
+        torch.testing.assert_close(host.model(**batch).logits, apart, atol=1e-5, rtol=1e-5)
+        assert host.model.model.layers[0].self_attn.q_proj.bias is not None
+        host.unmerge()
+    assert host.model.model.layers[0].self_attn.q_proj.bias is None
+
+
+def test_the_gradient_of_a_bias_is_the_sum_of_those_of_the_outputs() -> None:
+    host = Host(tiny.models()["llama"]())
+    host.add(BitFit(bias_terms=("down",), add_missing_bias=True))
+    outputs = []
+    module = host.model.model.layers[1].mlp.down_proj
+    module.register_forward_hook(lambda m, args, y: (y.retain_grad(), outputs.append(y))[1])
+    host.model(**tiny.batch("llama")).loss.backward()
+    bias = dict(module.named_parameters())["deltas.default.bias"]
+    torch.testing.assert_close(bias.grad, outputs[0].grad.sum((0, 1)))
+
+
+def test_roles_of_a_fused_linear_train_their_rows_alone() -> None:
+    host = Host(tiny.models()["gpt2"]())
+    host.add(BitFit(bias_terms=("q", "up")))
+    assert {s.name for s, _ in host.deltas()} == {
+        f"transformer.h.{i}.attn.c_attn[q]" for i in range(2)
+    }
+    assert all(isinstance(delta, BiasDelta) for _, delta in host.deltas())
+    assert host.num_parameters()[0] == 2 * (32 + 128)
+
+
+def test_a_misspelt_term_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'qurey' matches no module"):
+        Host(tiny.models()["bert"]()).add(BitFit(bias_terms=("qurey",)))

@@ -1,0 +1,140 @@
+"""What HFT promises: two of four, one or two of three, one of two, in every block; counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from peftcli.core.host import Host
+from peftcli.core.method import Step
+from peftcli.methods.full import Full
+from peftcli.methods.hft import HFT, half_reset
+from peftcli.models.load import empty_model
+from tests import tiny
+from tests.train.conftest import MakeLoop, make_loop, one_thread  # noqa: F401  (fixtures)
+
+LLAMA_2_7B = LlamaConfig(intermediate_size=11008, tie_word_embeddings=False)
+
+
+def halves(layers: int, draws: int, **options: object) -> list[set[str]]:
+    """Draws of a Llama with `layers` blocks."""
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=layers, num_attention_heads=2
+    )
+    host = Host(empty_model(config, "causal_lm"))
+    return [HFT(seed=seed, **options).drawn(host, 0) for seed in range(draws)]
+
+
+@pytest.mark.parametrize("layers", [4, 5])
+def test_every_block_trains_two_of_four_one_of_two_and_one_or_two_of_three(layers: int) -> None:
+    twos = set()
+    for names in halves(layers, 12):
+        count = Counter(
+            (n.split(".")[2], n.split(".")[3].split("_")[-1]) for n in names if "layers" in n
+        )
+        assert all(count[str(i), "attn"] == 2 for i in range(layers))
+        assert all(count[str(i), "layernorm"] == 1 for i in range(layers))
+        ffn = [count[str(i), "mlp"] for i in range(layers)]
+        assert set(ffn) == {1, 2}
+        twos.add(ffn.count(2))
+    assert twos == {layers // 2, layers - layers // 2}
+
+
+def test_every_matrix_is_drawn_half_of_the_time() -> None:
+    draws = halves(3, 400, embed_head="frozen")
+    count = Counter(n for names in draws for n in names)
+    assert len(count) == 3 * 9
+    assert all(150 < n < 250 for n in count.values())  # five deviations
+
+
+@pytest.mark.parametrize(
+    ("embed_head", "count"), [("frozen", 3_238_133_760), ("trained", 3_500_281_856)]
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_parameters_of_llama_2_7b(embed_head: str, count: int, seed: int) -> None:
+    host = Host(empty_model(LLAMA_2_7B, "causal_lm"))
+    host.add(HFT(embed_head=embed_head, seed=seed))
+    assert host.num_parameters()[0] == count
+
+
+def test_half_of_the_ends_is_one_of_embeddings_and_head() -> None:
+    draws = halves(2, 20, embed_head="half")
+    ends = [names & {"model.embed_tokens.weight", "lm_head.weight"} for names in draws]
+    assert {len(e) for e in ends} == {1}
+    assert len({next(iter(e)) for e in ends}) == 2
+    assert all("model.norm.weight" in names for names in draws)
+
+
+def test_the_same_seed_draws_the_same_and_another_stage_does_not() -> None:
+    host = Host(tiny.models()["llama"]())
+    assert HFT(seed=3).drawn(host, 0) == HFT(seed=3).drawn(host, 0)
+    assert HFT(seed=3).drawn(host, 0) != HFT(seed=3, stage=1).drawn(host, 0)
+
+
+def test_layers_are_drawn_whole_and_a_model_s_tensors_anyhow() -> None:
+    (names,) = halves(4, 1, granularity="layer", embed_head="frozen")
+    assert Counter(n.split(".")[2] for n in names).most_common() == [
+        (i, 9) for i in dict.fromkeys(n.split(".")[2] for n in names)
+    ]
+    assert len(names) == 2 * 9
+    (names,) = halves(4, 1, granularity="model", embed_head="frozen")
+    assert len(names) == 4 * 9 // 2
+
+
+@pytest.mark.parametrize("model", sorted(tiny.models()))
+def test_all_of_it_is_full_fine_tuning(model: str) -> None:
+    host, full = Host(tiny.models()[model]()), Host(tiny.models()[model]())
+    host.add(HFT(ratio=1.0))
+    full.add(Full())
+    assert host.selected == full.selected
+
+
+def test_t5_halves_self_and_cross_attention_apart() -> None:
+    host = Host(tiny.models()["t5"]())
+    names = HFT().drawn(host, 0)
+    for kind in ("0.SelfAttention", "1.EncDecAttention"):
+        for i in range(2):
+            place = f"decoder.block.{i}.layer.{kind}."
+            assert len([n for n in names if n.startswith(place) and "relative" not in n]) == 2
+
+
+@pytest.mark.parametrize("resample", ["epoch", "steps"])
+def test_a_new_period_draws_anew_and_forgets_what_leaves(resample: str) -> None:
+    host = Host(tiny.models()["llama"]())
+    method = HFT(resample=resample, resample_steps=5)
+    host.add(method)
+    seen = []
+    for step in range(10):
+        method.before_step(host, Step(step, 10, step / 5))
+        seen.append(set(host.trained()))
+        left = {
+            n for n, p in host.model.named_parameters() if any(p is q for q in host.reset_requests)
+        }
+        assert left == (seen[-2] if step else set(host.selected)) - seen[-1]
+        host.reset_requests.clear()
+    assert seen[0] == seen[4] != seen[5] == seen[9]
+    assert seen[0] == method.drawn(host, 0)
+
+
+@pytest.mark.parametrize("resample", ["stage", "steps"])
+def test_what_rests_stays_bit_for_bit(resample: str, make_loop: MakeLoop, tmp_path: Path) -> None:  # noqa: F811
+    method = HFT(resample=resample, resample_steps=2)
+    loop = make_loop(folder=tmp_path / "run", method=method, max_steps=2)
+    loop.fit()
+    base = dict(tiny.models()["llama"]().named_parameters())
+    for name, p in loop.host.model.named_parameters():
+        assert torch.equal(p, base[name]) != (name in method.drawn(loop.host, 0)), name
+
+
+def test_half_reset_keeps_exactly_the_chosen_part() -> None:
+    tuned, base = (
+        {"a": torch.ones(2), "b": torch.ones(2)},
+        {"a": torch.zeros(2), "b": torch.zeros(2)},
+    )
+    mixed = half_reset(tuned, base, {"a"})
+    assert mixed["a"] is tuned["a"]
+    assert mixed["b"] is base["b"]

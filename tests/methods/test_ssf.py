@@ -1,0 +1,177 @@
+"""What the SSF paper promises: worked numbers, counts, folding into every kind of operation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GemmaConfig, GemmaForCausalLM, ViTConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from peftcli.core import weights
+from peftcli.core.delta import NotMergeable
+from peftcli.core.host import Host
+from peftcli.core.layer import Bare
+from peftcli.core.site import Site
+from peftcli.errors import ConfigError
+from peftcli.methods.ssf import SSF, SSFDelta
+from peftcli.models.load import empty_model
+from tests import tiny
+
+
+def delta_on(
+    module: nn.Module, std: float = 0.5, scale: bool = True, shift: bool = True
+) -> SSFDelta:
+    d_out, d_in = weights.shape(module)
+    return SSFDelta(Site("m", module, "linear", d_in, d_out), scale, shift, std)
+
+
+def test_the_worked_example() -> None:
+    linear = nn.Linear(2, 2).requires_grad_(False)
+    linear.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    linear.bias.fill_(1.0)
+    delta = delta_on(linear)
+    delta.gamma.data, delta.beta.data = torch.tensor([2.0, 0.5]), torch.tensor([0.0, 1.0])
+    layer = Bare(linear, nn.Linear)
+    assert layer(torch.ones(2)).tolist() == [4.0, 8.0]
+    assert delta(torch.ones(2), layer).tolist() == [8.0, 5.0]
+    W, b = delta.merged(linear.weight, linear.bias)
+    assert W.tolist() == [[2.0, 4.0], [1.5, 2.0]]
+    assert b.tolist() == [2.0, 1.5]
+
+
+def test_parameters_of_vit_base() -> None:
+    host = Host(empty_model(ViTConfig(), "image_classification"))
+    host.add(SSF())
+    assert host.num_parameters()[0] == 205_824
+    assert not any(site.path == "classifier" for site in host.sites["default"])
+
+
+def test_parameters_of_vit_base_with_a_fresh_head_of_100_classes() -> None:
+    labels = tuple(map(str, range(100)))
+    host = Host(empty_model(ViTConfig(), "image_classification", labels), ["classifier"])
+    host.add(SSF())
+    assert host.num_parameters()[0] == 205_824 + 76_900
+
+
+@pytest.mark.parametrize("model", sorted(tiny.models()))
+def test_the_identity_start_is_the_base(model: str) -> None:
+    host = Host(tiny.models()[model]())
+    host.add(SSF(init="identity"))
+    batch = tiny.batch(model)
+    base = tiny.models()[model]()(**batch).logits
+    torch.testing.assert_close(host.model(**batch).logits, base)
+
+
+def test_the_random_start_has_deviation_two_hundredths() -> None:
+    delta = SSF().build(Site("m", nn.Linear(1, 4096), "linear", 1, 4096))
+    for values, mean in ((delta.gamma, 1.0), (delta.beta, 0.0)):
+        assert values.mean().item() == pytest.approx(mean, abs=2e-3)
+        assert values.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def used_batch_norm() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(4)
+    norm(torch.randn(8, 4, 5, 5) * 3 + 1)
+    return norm.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Linear(4, 6), (2, 3, 4)),
+        (lambda: nn.Linear(4, 6, bias=False), (2, 3, 4)),
+        (lambda: nn.Conv2d(4, 6, 3), (2, 4, 5, 5)),
+        (lambda: nn.Conv2d(4, 8, 3, groups=2, bias=False), (2, 4, 5, 5)),
+        (lambda: nn.Conv1d(4, 6, 3), (2, 4, 5)),
+        (lambda: nn.LayerNorm(4), (2, 3, 4)),
+        (lambda: nn.LayerNorm(4, bias=False), (2, 3, 4)),
+        (lambda: nn.GroupNorm(2, 4), (2, 4, 5, 5)),
+        (used_batch_norm, (2, 4, 5, 5)),
+    ],
+    ids="linear bare-linear conv grouped conv1d layernorm bare-layernorm groupnorm bn".split(),
+)
+def test_scale_and_shift_fold_into_the_operation(make: object, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module = make().requires_grad_(False)
+    layer, delta = Bare(module, type(module)), delta_on(module)
+    x = torch.randn(shape)
+    y = delta(x, layer)
+    W, b = delta.merged(layer.weight, layer.bias)
+    torch.testing.assert_close(layer.linear(x, W, b), y, atol=1e-5, rtol=1e-5)
+    weights.write(module, W, b)
+    torch.testing.assert_close(module(x), y, atol=1e-5, rtol=1e-5)
+
+
+def test_a_scale_folds_into_an_rms_norm_and_a_shift_does_not() -> None:
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(4).requires_grad_(False)
+    layer, x = Bare(norm, LlamaRMSNorm), torch.randn(2, 3, 4)
+    scale = delta_on(norm, shift=False)
+    y = scale(x, layer)
+    W, b = scale.merged(layer.weight, layer.bias)
+    torch.testing.assert_close(layer.linear(x, W, b), y)
+    with pytest.raises(NotMergeable, match="ssf_shift=false"):
+        delta_on(norm).merged(norm.weight[:, None], None)
+
+
+def test_gradients_are_sums_over_tokens() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(4, 6).double()
+    delta = delta_on(linear).double()
+    x, g = torch.randn(2, 7, 4).double(), torch.randn(2, 7, 6).double()
+    delta(x, Bare(linear, nn.Linear)).backward(g)
+    torch.testing.assert_close(delta.beta.grad, g.sum((0, 1)))
+    torch.testing.assert_close(delta.gamma.grad, (g * linear(x)).sum((0, 1)))
+
+
+@pytest.mark.parametrize(("scale", "shift"), [(True, False), (False, True)])
+def test_either_half_alone(scale: bool, shift: bool) -> None:
+    host = Host(tiny.models()["vit"]())
+    host.add(SSF(ssf_scale=scale, ssf_shift=shift))
+    whole = Host(tiny.models()["vit"]())
+    whole.add(SSF())
+    assert 2 * host.num_parameters()[0] == whole.num_parameters()[0]
+    moved = logits_moved_and_merged(host, "vit")
+    torch.testing.assert_close(*moved, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def logits_moved_and_merged(host: Host, model: str) -> tuple[Tensor, Tensor]:
+    for p in host.trained().values():
+        p.add_(0.1 * torch.randn_like(p))
+    apart = host.model(**tiny.batch(model)).logits
+    host.merge()
+    return host.model(**tiny.batch(model)).logits, apart
+
+
+def test_scales_alone_merge_into_llama_and_into_the_shifted_weights_of_gemmas_norms() -> None:
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    for model in (tiny.models()["llama"](), GemmaForCausalLM(config).eval()):
+        host = Host(model)
+        base = {n: p.clone() for n, p in model.named_parameters()}
+        host.add(SSF(ssf_shift=False))
+        torch.testing.assert_close(*logits_moved_and_merged(host, "llama"), atol=1e-5, rtol=1e-5)
+        host.unmerge()
+        assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+def test_a_module_trained_whole_gets_no_scale() -> None:
+    host = Host(tiny.models()["vit"](), ["vit.layers.1.mlp"])
+    host.add(SSF())
+    assert not any(s.path.startswith("vit.layers.1.mlp") for s in host.sites["default"])
+
+
+def test_neither_scale_nor_shift_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing is left"):
+        Host(tiny.models()["vit"]()).add(SSF(ssf_scale=False, ssf_shift=False))
