@@ -109,6 +109,16 @@ def cards(group: str, config_dirs: Iterable[Path] = ()) -> list[Card]:
     ]
 
 
+def listed(group: str, config_dirs: Iterable[Path] = ()) -> list[Card]:
+    """The cards of a group without their keys, which take most of the time to explain."""
+    found = []
+    for choice, path in sorted(choices(group, config_dirs).items()):
+        lines = _lines(path.read_text(encoding="utf-8"))
+        target = next((value for key, value, _ in lines if key == "_target_"), "")
+        found.append(Card(group, choice, path, "", "", target, ()))
+    return found
+
+
 def root_card(config_dirs: Iterable[Path] = ()) -> Card:
     """The card of `config.yaml`: the keys outside of groups."""
     path = next(p for f in config_folders(config_dirs) if (p := f / f"{ROOT}.yaml").is_file())

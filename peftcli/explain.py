@@ -55,7 +55,8 @@ def methods(
     """All methods whose traits are wanted, or the equation and the options of one."""
     if name is not None:
         return _method(cards.find_method(name, config_dirs), as_json)
-    found = [c for c in cards.cards("method", config_dirs) if wanted(cards.traits(c.target))]
+    read = cards.cards if as_json else cards.listed
+    found = [c for c in read("method", config_dirs) if wanted(cards.traits(c.target))]
     if as_json:
         print(json.dumps([_as_data(card) for card in found], indent=2))
         return 0

@@ -4,14 +4,21 @@ its card.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from peftcli.build import Parts
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
+
+BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")  # of configurations
 
 
 def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
@@ -59,7 +66,51 @@ def merge(parts: Parts, folder: Path) -> None:
     for name in host.active:
         host.adapters[name].before_merge(host, name)
     host.merge()
+    declare_biases(host)
     save_model(parts, folder)
+
+
+def declare_biases(host: Host) -> None:
+    """Let the model's configuration name the biases that merging added, so that they are read back.
+
+    Linears that a switch of the configuration covers too get a bias of zero. Raises `ConfigError`
+    where the architecture has no place for them: a saved file would lose them silently.
+    """
+    with host.bare() as bare:
+        model: Any = bare
+        held, known = set(model.state_dict()), _declared(model, model.config)
+        if not held - known:
+            return
+        config = copy.deepcopy(model.config)
+        for switch in BIAS_SWITCHES:
+            if hasattr(config, switch):
+                setattr(config, switch, True)
+        declared = _declared(model, config)
+        if lost := sorted(held - declared):
+            raise ConfigError(
+                f"merging gives {len(lost)} modules a bias ({lost[0]}, ...) that a "
+                f"{type(model).__name__} has no place for; keep the adapter apart (--to adapter)."
+            )
+        for key in declared - held:
+            module = model.get_submodule(key.removesuffix(".bias"))
+            zeros = torch.zeros(module.weight.shape[0], dtype=module.weight.dtype)
+            module.bias = nn.Parameter(zeros.to(module.weight.device), requires_grad=False)
+        model.config = config
+
+
+def _declared(model: Any, config: Any) -> set[str]:
+    """Names of the tensors that a model of this configuration has."""
+    with torch.device("meta"):
+        return set(type(model)(config).state_dict())
+
+
+def _loading(parts: Parts) -> tuple[str, str]:
+    """(library, call) that reads what was published."""
+    if parts.run.method.publishes_model:
+        return "transformers", f"{type(parts.model).__name__}.from_pretrained(FOLDER)"
+    if parts.run.method.hf_refuses(parts.host, "default"):
+        return "peftcli", "peft-train eval RUN_FOLDER"
+    return "peft", "PeftModel.from_pretrained(base, FOLDER)"
 
 
 def card(parts: Parts, metrics: Mapping[str, float]) -> str:
@@ -67,12 +118,7 @@ def card(parts: Parts, metrics: Mapping[str, float]) -> str:
     run = parts.run
     trained, total = parts.host.num_parameters()
     measured = "\n".join(f"| {k} | {v:.4f} |" for k, v in metrics.items())
-    load = (
-        "AutoModelForCausalLM.from_pretrained(FOLDER)"
-        if run.method.publishes_model
-        else "PeftModel.from_pretrained(base, FOLDER)"
-    )
-    library = "transformers" if run.method.publishes_model else "peft"
+    library, load = _loading(parts)
     base_line = (
         f"base_model: {run.model.name_or_path}\n" if ":" not in run.model.name_or_path else ""
     )

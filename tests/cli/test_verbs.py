@@ -214,7 +214,7 @@ WRONG = {
     "an infinite number": (["optimizer.lr=inf"], ["optimizer.lr", "finite"]),
     "an interpolation of nothing": (["trainer.max_steps=${steps}"], ["trainer.max_steps", "steps"]),
     "a part of a list": (["method.target_modules.x=q"], ["method.target_modules", "whole"]),
-    "a wrong entry of a mapping": (["method.rank_pattern.q=x"], ["method.rank_pattern.q", ">= 1"]),
+    "a wrong entry of a mapping": (["method.rank_pattern.q=x"], ["method.rank_pattern.q", ">= 0"]),
     "a wrong key of a source": (["dataset.mixture=[{path: a, wieght: 1}]"], ["mixture[0].weight"]),
     "a wrong optimizer option": (["optimizer.betas=0.9"], ["optimizer.betas", "[0.9, 0.999]"]),
     "an optimizer that is none": (["optimizer._target_=torch.optim.AdmaW"], ["torch.optim.AdmaW"]),

@@ -20,6 +20,7 @@ from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
 from peftcli.methods.hf_peft import PROMPTS, REFUSED, HFPeft, as_built
 from tests import tiny
+from tests.conftest import Cli
 from tests.train import conftest
 from tests.train.conftest import MakeLoop, interrupted
 
@@ -174,6 +175,13 @@ def test_what_peft_does_not_take_is_told_in_one_message(case: str) -> None:
     fields, message = WRONG[case]
     with pytest.raises(ConfigError, match=message):
         Host(tiny.llama()).add(HFPeft(**fields))
+
+
+def test_the_command_line_tells_it_before_anything_is_loaded(cli: Cli) -> None:
+    said = cli("method=hf_peft", "method.peft_type=LOHA", "method.config.aplha=3", code=2).stderr
+    assert said.startswith("error: method.config.aplha: peft's LOHA has no such field.")
+    said = cli("method=hf_peft", "method.config={r: x}", code=2).stderr
+    assert "method.config.r='x': takes a whole number." in said
 
 
 def test_without_peft_the_message_is_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
