@@ -7,13 +7,21 @@ Memory for training is that of K numbers, and the change folds into W afterwards
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
+from peftcli.core import weights
 from peftcli.core.delta import WeightDelta
+from peftcli.core.graft import is_own
 from peftcli.core.layer import Layer
 from peftcli.core.site import Site
 from peftcli.kernels.sparse_linear import Watch, add_entries, sparse_linear, spread
+
+if TYPE_CHECKING:
+    from peftcli.core.host import Host
 
 
 class SparseDelta(WeightDelta):
@@ -66,3 +74,14 @@ def random_positions(site: Site, k: int) -> Tensor:
     """`k` of the site's flat positions, all subsets alike likely, in ascending order."""
     noise = torch.rand(site.d_out * site.d_in, device=site.device)
     return noise.topk(k).indices.sort().values
+
+
+def size_of_base(host: Host) -> int:
+    """Weights of the model without adapters; those in 4 bits are packed two in a byte."""
+    packed = {
+        m.weight: math.prod(weights.shape(m))
+        for m in host.model.modules()
+        if weights.is_quantised(m)
+    }
+    base = (p for n, p in host.model.named_parameters() if not is_own(n))
+    return sum(packed.get(p, p.numel()) for p in base)

@@ -34,11 +34,9 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftcli.core import weights
-from peftcli.core.graft import is_own
 from peftcli.core.method import Method, Step
 from peftcli.errors import ConfigError, NotApplicable
-from peftcli.methods.sparse import SparseDelta, random_positions
+from peftcli.methods.sparse import SparseDelta, random_positions, size_of_base
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -76,7 +74,7 @@ class SpIEL(Method):
         """Random positions, as many on every target as its share of the budget."""
         sites = host.find(self.target_modules)
         sizes = [site.d_out * site.d_in for site in sites]
-        budget = self.num_tunable_weights or int(self.density * _size_of_base(host))
+        budget = self.num_tunable_weights or int(self.density * size_of_base(host))
         if budget > sum(sizes):
             raise ConfigError(
                 f"method.target_modules has {sum(sizes)} weights, fewer than the {budget} of "
@@ -162,17 +160,6 @@ class SpIEL(Method):
     def hf_refuses(self, host: Host, name: str) -> str:
         """Peft's nearest, SHiRA, fixes the number of entries of every module."""
         return "peft's SHiRA has r * (d_in + d_out) entries in every module, SpIEL any number"
-
-
-def _size_of_base(host: Host) -> int:
-    """Weights of the model without adapters; those in 4 bits are packed two in a byte."""
-    packed = {
-        m.weight: math.prod(weights.shape(m))
-        for m in host.model.modules()
-        if weights.is_quantised(m)
-    }
-    base = (p for n, p in host.model.named_parameters() if not is_own(n))
-    return sum(packed.get(p, p.numel()) for p in base)
 
 
 # -- SpIEL-AG: candidates, samples, and the swap ---------------------------------------------------
