@@ -151,14 +151,18 @@ def explain(key: str | None, config_dirs: Sequence[Path], as_json: bool) -> int:
 
 
 def _full(key: str, config_dirs: Sequence[Path]) -> str:
-    """The full key of a word: itself, the only one of that name, or what another tool calls so."""
+    """The full key of a word: itself, the only one of that name (those of methods come after the
+    run's own), or what another tool calls so.
+    """
     known = cards.all_keys(config_dirs)
     if key in known:
         return key
     named = [k for k in known if k.rpartition(".")[2] == key]
     meant = ALIASES.get(key.rpartition(".")[2], "")
-    if len(named) == 1:
-        return named[0]
+    of_runs = [k for k in named if not k.startswith("method.")]
+    for only in (named, of_runs):
+        if len(only) == 1:
+            return only[0]
     if not named and meant in known:
         return meant
     near = named or nearest_keys(key, [*known, *cards.GROUPS])

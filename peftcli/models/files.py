@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import safe_open
-from torch import Tensor
 
 from peftcli.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
