@@ -32,7 +32,7 @@ TASKS = {"llama": "causal_lm", "gpt2": "causal_lm", "bert": "classification", "t
 TASKS |= {"vit": "image_classification"}
 GENERATING = ("llama", "gpt2", "t5")
 COMPILED = ("llama", "gpt2")  # seconds each: plain linears, and fused ones stored (I, O)
-# scales that are made for widths of thousands and drown a model of width 32
+# options that are made for widths of thousands and drown, or do not fit, a model of width 32
 TINY_SCALES: dict[str, dict[str, object]] = {
     "fourierft": {"scaling": 5.0},
     "qwha": {"scaling": 50.0},
