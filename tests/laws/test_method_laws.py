@@ -31,7 +31,7 @@ MODELS = sorted(tiny.models())
 TASKS = {"llama": "causal_lm", "gpt2": "causal_lm", "bert": "classification", "t5": "seq2seq"}
 TASKS |= {"vit": "image_classification"}
 GENERATING = ("llama", "gpt2", "t5")
-COMPILED = ("llama", "gpt2")  # seconds each: plain linears, and fused ones stored (I, O)
+COMPILED = [(m, "llama") for m in METHODS] + [("lora", "gpt2")]  # seconds each
 # options that are made for widths of thousands and drown, or do not fit, a model of width 32
 TINY_SCALES: dict[str, dict[str, object]] = {
     "fourierft": {"scaling": 5.0},
@@ -281,8 +281,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(method: str, model: str
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings break it when they are errors
-@pytest.mark.parametrize("model", COMPILED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "model"), COMPILED)
 def test_a_compiled_block_gives_the_same_gradients(method: str, model: str) -> None:
     host = adapted(method, model)
     plain = backward(host, model)
