@@ -31,9 +31,9 @@ from torch.autograd.function import once_differentiable
 from peftcli.core.delta import WeightDelta
 from peftcli.core.method import Method, Step
 from peftcli.core.site import Site
-from peftcli.errors import ConfigError, NotApplicable
+from peftcli.errors import NotApplicable
 from peftcli.kernels.sparse_linear import Watch
-from peftcli.methods.sparse import size_of_base
+from peftcli.methods.sparse import budget_of
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -152,12 +152,7 @@ class ID3(Method):
         """Lay the targets' weights end to end; nothing is unmasked yet."""
         sites = host.find(self.target_modules)
         sizes = [site.d_out * site.d_in for site in sites]
-        B = self.budget or int(self.density * size_of_base(host))
-        if B > sum(sizes):
-            raise ConfigError(
-                f"method.target_modules has {sum(sizes)} weights, fewer than the {B} of "
-                "method.budget or method.density (a share of the whole model)."
-            )
+        B = budget_of(host, sizes, "budget", self.budget, self.density)
         if not B:
             raise NotApplicable(
                 f"method.density={self.density} of {type(host.model).__name__} is less than one "

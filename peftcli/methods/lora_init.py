@@ -25,7 +25,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +40,6 @@ from peftcli.core.scores import (
 )
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
-from peftcli.models.files import read_weight
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -156,18 +154,14 @@ def _original(method: LoRA, host: Host, site: Site) -> Tensor:
             "method.loftq_bits, or take method.init=pissa; parts of a fused linear take "
             "loftq_iter=1."
         )
-    model: Any = host.model
-    key, folder = f"{site.path}.weight", Path(str(getattr(model, "name_or_path", "")))
-    W = read_weight(folder, [key, key.removeprefix(f"{model.base_model_prefix}.")])
-    if W is not None and W.shape == weights.shape(site.module):
-        W = W.to(site.device, torch.float32)
-        W = W if site.rows is None else torch.cat([W[a:b] for a, b in site.rows])
-        if (W - site.weight).norm() < 0.5 * W.norm():
-            return W
+    W = host.original_weight(site)
+    if W is not None and (W - site.weight).norm() < 0.5 * W.norm():
+        return W
+    folder: Any = host.model.name_or_path
     raise ConfigError(
         f"method.init=loftq needs the weights that the base was quantised from; {folder}/*."
-        f"safetensors does not hold {key} as it was. Take a model that is quantised while it is "
-        "loaded, or method.init=default."
+        f"safetensors does not hold {site.path}.weight as it was. Take a model that is quantised "
+        "while it is loaded, or method.init=default."
     )
 
 

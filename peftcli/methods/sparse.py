@@ -8,6 +8,7 @@ Memory for training is that of K numbers, and the change folds into W afterwards
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,7 @@ from peftcli.core.delta import WeightDelta
 from peftcli.core.graft import is_own
 from peftcli.core.layer import Layer
 from peftcli.core.site import Site
+from peftcli.errors import ConfigError
 from peftcli.kernels.sparse_linear import Watch, add_entries, sparse_linear, spread
 
 if TYPE_CHECKING:
@@ -85,3 +87,18 @@ def size_of_base(host: Host) -> int:
     }
     base = (p for n, p in host.model.named_parameters() if not is_own(n))
     return sum(packed.get(p, p.numel()) for p in base)
+
+
+def budget_of(
+    host: Host, sizes: Sequence[int], key: str, number: int | None, density: float
+) -> int:
+    """How many weights may train on targets of these sizes: the `number` of `method.<key>`, else a
+    share of the whole model. Raises `ConfigError` where the targets have fewer.
+    """
+    budget = number or int(density * size_of_base(host))
+    if budget > sum(sizes):
+        raise ConfigError(
+            f"method.target_modules has {sum(sizes)} weights, fewer than the {budget} of "
+            f"method.{key} or method.density (a share of the whole model)."
+        )
+    return budget

@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 
 from peftcli.core.method import Method, Step
 from peftcli.errors import ConfigError, NotApplicable
-from peftcli.methods.sparse import SparseDelta, random_positions, size_of_base
+from peftcli.methods.sparse import SparseDelta, budget_of, random_positions
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -74,12 +74,9 @@ class SpIEL(Method):
         """Random positions, as many on every target as its share of the budget."""
         sites = host.find(self.target_modules)
         sizes = [site.d_out * site.d_in for site in sites]
-        budget = self.num_tunable_weights or int(self.density * size_of_base(host))
-        if budget > sum(sizes):
-            raise ConfigError(
-                f"method.target_modules has {sum(sizes)} weights, fewer than the {budget} of "
-                "method.num_tunable_weights or method.density (a share of the whole model)."
-            )
+        budget = budget_of(
+            host, sizes, "num_tunable_weights", self.num_tunable_weights, self.density
+        )
         counts = [budget * size // sum(sizes) for size in sizes]
         if not any(counts):
             raise NotApplicable(
