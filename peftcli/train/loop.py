@@ -127,7 +127,7 @@ class Loop:
                 if epoch != self.progress.step // self.plan.steps_per_epoch:
                     epoch = self.progress.step // self.plan.steps_per_epoch
                     order = self._order(epoch)
-                self._step([self.examples[i] for i in self.plan.rows(order, self.progress.step)])
+                self.step([self.examples[i] for i in self.plan.rows(order, self.progress.step)])
         except StopRequested as request:
             path = self.save()
             raise Stopped(
@@ -151,7 +151,8 @@ class Loop:
         )
 
     # -- one step ----------------------------------------------------------------------------------
-    def _step(self, examples: list[Example]) -> None:
+    def step(self, examples: list[Example]) -> float:
+        """One optimizer step on these examples; returns its loss."""
         start = time.perf_counter()
         t = Step(
             self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch
@@ -178,6 +179,7 @@ class Loop:
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
         self._record(batches, loss, norm, lr, tokens, seconds)
+        return loss
 
     def _forward_backward(self, batches: list[Batch]) -> float:
         """Accumulate the gradients of the mean loss over all targets of the step; returns that

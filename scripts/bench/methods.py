@@ -1,29 +1,42 @@
 """Every method on one task: accuracy over seeds, best learning rate, size, step time, memory.
 
-    python scripts/bench/methods.py [METHOD ...] [--recipe lora_minilm] [--out outputs/methods]
-    [--markdown docs/methods.md]
+    python scripts/bench/methods.py [METHOD ...] [--recipe lora_minilm] [--set KEY=VALUE ...]
+        [--out outputs/methods] [--workers 1] [--only accuracy|steps|table]
 
-For each method: one run for each rate of its grid with the tuning seed, then the best rate with the
-test seeds, all over the same data in the same order for the same number of steps. A run that is
-there already is not run again, so the command can be stopped and repeated. Step times are medians
-relative to LoRA's of the same table: on a busy machine only large differences mean something.
+Accuracy: one run for each rate of the method's grid, with the tuning seed and on another split of
+the data, then the best rate with the test seeds; all methods see the same data in the same order
+for the same number of steps. While the best rate is at an end of the grid, the grid grows there, to
+five rates at most. A run that is there already is not run again, so the command can be stopped and
+repeated. `--workers` shares the cores among methods.
+
+Steps: optimizer steps of each method and of LoRA in turn, each in a process of its own; the median
+of their ratios, and the most memory that a process held. Do not measure beside other work.
+
+`--recipe` is a recipe with LoRA; the other methods replace it with their own defaults.
+`--rates 1` skips the search and takes the middle rate, `--seeds` says which seeds are tested.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-TUNING_SEED, TEST_SEEDS = 100, (0, 1, 2)
-STEP = 3.0  # between the rates of a grid
+from race import Step, race, serve
+
+TUNING = ("seed=100", "dataset.seed=100")
+GROWN = 5  # rates at most
 CENTRE = {  # of the grid of rates, by family; methods whose scale is their own have theirs below
     "low-rank": 1e-3,
-    "structured": 1e-3,
+    "structured": 3e-3,
     "scale-shift": 3e-3,
     "selective": 3e-4,
     "sparse": 1e-3,
@@ -31,47 +44,75 @@ CENTRE = {  # of the grid of rates, by family; methods whose scale is their own 
     "prompt": 3e-3,
     "bridge": 1e-3,
 }
-OWN_CENTRE = {"bitfit": 1e-3, "fourierft": 3e-2, "full": 1e-4, "intrinsic_dimension": 3e-2}
-OWN_CENTRE |= {"hft": 1e-4, "lisa": 1e-4, "vera": 1e-2, "prompt_tuning": 3e-2, "qwha": 3e-3}
+OWN_CENTRE = {
+    "adalora": 1e-2,
+    "bitfit": 3e-3,
+    "boft": 1e-2,
+    "compacter": 3e-3,
+    "fourierft": 3e-2,
+    "full": 1e-4,
+    "hut": 1e-2,
+    "intrinsic_dimension": 3e-2,
+    "prompt_tuning": 3e-2,
+    "vera": 1e-2,
+}
+ROUNDS, TOGETHER = 9, 4  # steps a method, and methods that stand beside LoRA
 
 
 def methods() -> dict[str, str]:
-    """Every method by its file's name, with its family."""
+    """Every method by its file's name, with its family; the bridge needs a peft type to be one."""
     from peftcli import cards
 
-    return {card.choice: cards.family(card.target) for card in cards.cards("method")}
+    families = {card.choice: cards.family(card.target) for card in cards.cards("method")}
+    return {name: family for name, family in families.items() if family != "bridge"}
 
 
-def rates(method: str, family: str) -> tuple[float, ...]:
-    """Three learning rates, evenly spaced on a logarithmic scale."""
+def rate(method: str, family: str, place: int) -> float:
+    """The rate `place` half decades from the centre, rounded to 1 or 3 times a power of ten."""
     centre = OWN_CENTRE.get(method, CENTRE.get(family, 1e-3))
-    return (centre / STEP, centre, centre * STEP)
+    exponent = math.floor(2 * math.log10(centre) + 0.5) + place
+    return float(f"{3 if exponent % 2 else 1}e{exponent // 2}")
 
 
-def run_all(method: str, grid: list[float], recipe: str, out: Path, more: list[str]) -> None:
+# -- accuracy --------------------------------------------------------------------------------------
+def run_all(method: str, family: str, args: argparse.Namespace) -> None:
     """All runs of one method in this process; their results lie in the run folders."""
+    places = list(range(-(args.rates // 2), args.rates - args.rates // 2))
+    if args.rates == 1:
+        best = 0
+    else:
+        tuned: dict[int, float] = {}
+        while True:
+            for place in places:
+                if place not in tuned:
+                    lr = rate(method, family, place)
+                    tuned[place] = once(method, lr, "tuning", [*args.set, *TUNING], args)
+            best = max(places, key=lambda place: tuned[place])
+            if len(places) >= GROWN or places[0] < best < places[-1]:
+                break
+            places = [places[0] - 1, *places] if best == places[0] else [*places, places[-1] + 1]
+    for seed in args.seeds:
+        once(method, rate(method, family, best), f"seed{seed}", [*args.set, f"seed={seed}"], args)
+
+
+def once(method: str, lr: float, name: str, more: list[str], args: argparse.Namespace) -> float:
+    """The accuracy of a run; 0 where it ended with an error, which is kept beside it."""
     from peftcli import config, run
     from peftcli.errors import UserError
 
-    def once(lr: float, seed: int) -> dict[str, Any] | None:
-        folder = out / method / f"lr{lr:.1e}_seed{seed}"
-        if not (folder / "result.json").exists():
-            words = [f"+recipe={recipe}", f"method={method}", f"optimizer.lr={lr}", f"seed={seed}"]
-            cfg = config.compose([*words, f"run_dir={folder}", *more])
-            try:
-                run.train(config.typed(cfg), cfg)
-            except UserError as e:
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / "refused.txt").write_text(str(e), encoding="utf-8")
-                print(f"{method} lr={lr} seed={seed}: {e}", file=sys.stderr)
-                return None
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-
-    tuned = {lr: result for lr in grid if (result := once(lr, TUNING_SEED))}
-    if tuned:
-        best = max(tuned, key=lambda lr: accuracy(tuned[lr]))
-        for seed in TEST_SEEDS:
-            once(best, seed)
+    folder = args.out / method / f"{name}_lr{lr:.0e}"
+    words = [f"+recipe={args.recipe}", "method=" + method, f"optimizer.lr={lr}"]
+    words += ["trainer.eval_on_start=false", f"trainer.num_threads={args.threads}", *more]
+    if not (folder / "result.json").exists():
+        try:
+            cfg = config.compose([*words, f"run_dir={folder}"])
+            run.train(config.typed(cfg), cfg)
+        except UserError as e:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(str(e), encoding="utf-8")
+            print(f"{method} lr={lr} {name}: {e}", file=sys.stderr)
+            return 0.0
+    return accuracy(json.loads((folder / "result.json").read_text(encoding="utf-8")))
 
 
 def accuracy(result: dict[str, Any]) -> float:
@@ -79,54 +120,98 @@ def accuracy(result: dict[str, Any]) -> float:
     return result["train_info"]["metrics"]["after"]["accuracy"]
 
 
+# -- steps -----------------------------------------------------------------------------------------
+def make_step(method: str, family: str, args: argparse.Namespace) -> Step:
+    """An optimizer step of the method, over the same examples each time."""
+    from peftcli import config, run
+    from peftcli.build import adapt, build
+    from peftcli.screen import LiveScreen
+    from peftcli.train.folder import RunFolder
+    from peftcli.train.signals import Stopper
+
+    folder = RunFolder(Path(tempfile.mkdtemp()) / "run")
+    folder.path.mkdir()
+    lr = rate(method, family, 0)
+    words = [f"+recipe={args.recipe}", f"method={method}", f"optimizer.lr={lr}", *args.set]
+    words += [f"trainer.num_threads={args.threads}", f"run_dir={folder.path}"]
+    cfg = config.compose(words)
+    parts = build(config.typed(cfg))
+    adapt(parts)
+    assert parts.data is not None
+    loop = run.make_loop(parts, cfg, folder, LiveScreen(), Stopper())
+    loop.log = loop.open_log(0)
+    examples = [parts.data.train[i] for i in range(loop.plan.batch)]
+    parts.model.train()
+
+    return lambda: loop.step(examples)
+
+
+def race_all(chosen: dict[str, str], args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """For each method the ratio of its steps to LoRA's, and its memory and LoRA's (bytes)."""
+    measured = {}
+    names = [name for name in chosen if name != "lora"]
+    for start in range(0, len(names), TOGETHER):
+        group = ["lora", *names[start : start + TOGETHER]]
+        answers = race({name: command("--serve", name, args) for name in group}, ROUNDS)
+        for name in group:
+            pairs = zip(answers[name], answers["lora"], strict=False)
+            if ratios := [mine["seconds"] / lora["seconds"] for mine, lora in pairs]:
+                peak = answers[name][-1]["peak"]
+                measured[name] = {"step": statistics.median(ratios), "peak": peak}
+    return measured
+
+
+def command(verb: str, method: str, args: argparse.Namespace) -> list[str]:
+    """This script, as the worker of one method."""
+    words = [sys.executable, __file__, verb, method, "--recipe", args.recipe]
+    words += ["--out", str(args.out), "--rates", str(args.rates), "--threads", str(args.threads)]
+    words += ["--seeds", *map(str, args.seeds)]
+    return [*words, *(["--set", *args.set] if args.set else [])]
+
+
+# -- the table -------------------------------------------------------------------------------------
 def rows(out: Path) -> list[dict[str, Any]]:
-    """One row a method from the runs that are there."""
+    """One row a method from what was run and measured."""
+    measured = json.loads(steps.read_text()) if (steps := out / "steps.json").exists() else {}
     table = []
     for folder in sorted(p for p in out.iterdir() if p.is_dir()):
-        runs = [json.loads(p.read_text()) for p in folder.glob("*/result.json")]
-        test = [r for r in runs if r["run_info"]["seed"] in TEST_SEEDS]
+        test = [json.loads(p.read_text()) for p in folder.glob("seed*/result.json")]
         if not test:
             continue
-        info = [r["train_info"] for r in test]
         values = [accuracy(r) for r in test]
         table.append(
             {
                 "method": folder.name,
                 "accuracy": statistics.mean(values),
                 "deviation": statistics.stdev(values) if len(values) > 1 else None,
-                "seeds": len(values),
-                "before": info[0]["metrics"]["before"]["accuracy"],
                 "lr": test[0]["run_info"]["train_config"]["optimizer"]["lr"],
-                "trained": info[0]["num_trainable_params"],
-                "step": statistics.median(i["train_time"] / i["steps"] for i in info),
-                "memory": max(i["peak_memory"] for i in info),
-                "versions": test[0]["meta_info"]["package_info"],
+                "tried": len({p.name for p in folder.glob("tuning*")}),
+                "trained": test[0]["train_info"]["num_trainable_params"],
+                **measured.get(folder.name, {"step": None, "peak": None}),
             }
         )
-    return table
+    return sorted(table, key=lambda row: -row["accuracy"])
 
 
-def markdown(table: list[dict[str, Any]], command: str) -> str:
-    """The table, best first, with the command that makes it."""
-    lora = next((r["step"] for r in table if r["method"] == "lora"), None)
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table, best first."""
     lines = [
-        f"Made by `{command}`.",
-        "",
-        "| method | accuracy | rate | trainable | step / LoRA | peak memory |",
-        "|---|---|---|---|---|---|",
+        "| method | accuracy, % | rate | rates tried | trainable | step / LoRA's | peak memory |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(table, key=lambda r: -r["accuracy"]):
+    for r in table:
         spread = "" if r["deviation"] is None else f" ± {100 * r['deviation']:.1f}"
-        step = "" if lora is None else f"{r['step'] / lora:.2f}"
+        step = "" if r["step"] is None else f"{r['step']:.2f}"
+        peak = "" if r["peak"] is None else f"{r['peak'] / 2**20:,.0f} MiB"
         lines.append(
-            f"| {r['method']} | {100 * r['accuracy']:.1f}{spread} | {r['lr']:.1g} | "
-            f"{r['trained']:,} | {step} | {r['memory'] / 2**20:,.0f} MiB |"
+            f"| `{r['method']}` | {100 * r['accuracy']:.1f}{spread} | {r['lr']:.0e} | {r['tried']} "
+            f"| {r['trained']:,} | {step} | {peak} |"
         )
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Run what is missing, one process a method, and print the table."""
+    """Run and measure what is missing, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -134,19 +219,36 @@ def main() -> None:
     parser.add_argument("--recipe", default="lora_minilm")
     parser.add_argument("--out", type=Path, default=Path("outputs/methods"))
     parser.add_argument("--set", nargs="*", default=[], help="further overrides for every run")
-    parser.add_argument("--table-only", action="store_true")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--rates", type=int, default=3)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--only", choices=["accuracy", "steps", "table"])
+    parser.add_argument("--threads", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     known = methods()
-    if args.one:
-        grid = list(rates(args.one, known[args.one]))
-        return run_all(args.one, grid, args.recipe, args.out, args.set)
-    for method in [] if args.table_only else args.methods or known:
-        words = [sys.executable, __file__, "--one", method, "--recipe", args.recipe]
-        code = subprocess.call([*words, "--out", str(args.out), "--set", *args.set])
-        if code:
-            print(f"{method}: exit code {code}", file=sys.stderr)
-    print(markdown(rows(args.out), f"python scripts/bench/methods.py --recipe {args.recipe}"))
+    if args.run:
+        return run_all(args.run, known[args.run], args)
+    if args.serve:
+        return serve(lambda: make_step(args.serve, known[args.serve], args))
+    if unknown := [name for name in args.methods if name not in known]:
+        parser.error(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = {name: known[name] for name in args.methods or known}
+    cores = len(os.sched_getaffinity(0))
+    if args.only in (None, "accuracy"):
+        args.threads = max(1, cores // args.workers)
+        with ThreadPoolExecutor(args.workers) as pool:
+            codes = pool.map(lambda name: subprocess.call(command("--run", name, args)), chosen)
+        for name, code in zip(chosen, codes, strict=True):
+            if code:
+                print(f"{name}: exit code {code}", file=sys.stderr)
+    if args.only in (None, "steps"):
+        args.threads, steps = cores, args.out / "steps.json"
+        args.out.mkdir(parents=True, exist_ok=True)
+        before = json.loads(steps.read_text()) if steps.exists() else {}
+        steps.write_text(json.dumps(before | race_all(chosen, args), indent=2))
+    print(markdown(rows(args.out)))
     return None
 
 

@@ -16,14 +16,11 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Step = Callable[[], float]
+from race import Step, race, serve
 
 
 def make_step(who: str, dtype_name: str, batch: int, length: int) -> Step:
@@ -99,53 +96,11 @@ def _hf(folder: Path, ids: Any, dtype: Any) -> Step:
     return step
 
 
-def serve(who: str, dtype: str, batch: int, length: int) -> None:
-    """A worker: answers each line on stdin with the seconds of one step, its loss and the peak
-    memory so far.
-    """
-    from peftcli.train.device import peak_memory
-
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    step = make_step(who, dtype, batch, length)
-    step()
-    import torch
-
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss = step()
-        seconds = time.perf_counter() - start
-        peak = peak_memory(torch.device("cpu"))
-        answers.write(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}) + "\n")
-        answers.flush()
-
-
-def race(dtypes: list[str], batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
+def race_all(dtypes: list[str], batch: int, length: int, rounds: int) -> list[dict[str, Any]]:
     """Alternate all variants for `rounds`; one row of medians each."""
-    env = {
-        **os.environ,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",
-    }
-    workers = {}
-    for dtype in dtypes:
-        for who in ("hf", "ours"):
-            command = [sys.executable, __file__, "--serve", who, dtype, str(batch), str(length)]
-            pipe = subprocess.PIPE
-            workers[who, dtype] = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, text=True, env=env
-            )
-    answers: dict[tuple[str, str], list[dict[str, float]]] = {key: [] for key in workers}
-    for _ in range(rounds):
-        for key, worker in workers.items():
-            assert worker.stdin
-            assert worker.stdout
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            answers[key].append(json.loads(worker.stdout.readline()))
-    for worker in workers.values():
-        worker.communicate()
+    serve = [sys.executable, __file__, "--batch", str(batch), "--length", str(length), "--serve"]
+    commands = {(who, dtype): [*serve, who, dtype] for dtype in dtypes for who in ("hf", "ours")}
+    answers = race(commands, rounds)
     rows = []
     for (who, dtype), got in answers.items():
         theirs = answers["hf", dtype]
@@ -174,12 +129,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        who, dtype, batch, length = args.serve
-        return serve(who, dtype, int(batch), int(length))
-    rows = race(args.dtype, args.batch, args.length, args.rounds)
+        return serve(lambda: make_step(*args.serve, args.batch, args.length))
+    rows = race_all(args.dtype, args.batch, args.length, args.rounds)
     if args.json:
         print(
             json.dumps(
