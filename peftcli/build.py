@@ -136,7 +136,7 @@ def _preview(parts: Parts) -> Preview | None:
         parts.model,
         parts.task,
         parts.data.train,
-        collator(parts),
+        training_collator(parts),
         parts.run.trainer.per_device_train_batch_size,
         parts.run.seed,
         parts.device,
@@ -144,7 +144,22 @@ def _preview(parts: Parts) -> Preview | None:
         parts.head,
         parts.tokenizer,
         parts.data.labels or (),
+        parts.run.trainer.loss,
     )
+
+
+def training_collator(parts: Parts) -> Collator:
+    """How training examples become batches: with their answer choices where the loss looks at them.
+
+    Raises `ConfigError` where it does and there are none.
+    """
+    choosing = parts.run.trainer.loss == "tfew"
+    if choosing and (not parts.data or not parts.data.train[0].get("choices")):
+        raise ConfigError(
+            "trainer.loss=tfew compares answer choices, and the data have none. Name them in "
+            "dataset.choices (prompts with answers), or take trainer.loss=cross_entropy."
+        )
+    return collator(parts, scoring=choosing)
 
 
 def collator(parts: Parts, scoring: bool = False) -> Collator:

@@ -54,7 +54,7 @@ def make_result(
         "train_info": {
             "status": "success",
             "metrics": {"before": progress.first, "after": progress.last, "best": progress.best},
-            "loss_is": objective.describe(parts.task)["loss"],
+            "loss_is": objective.describe(parts.task, parts.run.trainer.loss)["loss"],
             "steps": progress.step,
             "train_time": progress.seconds,
             "tokens": progress.tokens,

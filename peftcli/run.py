@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig
 
 from peftcli import config, describe, record, resume
-from peftcli.build import Parts, adapt, build, collator, evaluator
+from peftcli.build import Parts, adapt, build, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
@@ -88,7 +88,7 @@ def make_loop(
         plan=plan,
         examples=data.train,
         lengths=data.train.lengths,
-        collate=collator(parts),
+        collate=training_collator(parts),
         head=parts.head,
         optimizer=optimizer,
         scheduler=optim.make_scheduler(run.scheduler, optimizer, plan.total),

@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 Positive = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+Loss = Literal["cross_entropy", "tfew"]
 Task = Literal["causal_lm", "seq2seq", "classification", "regression", "image_classification"]
 Format = Literal[
     "auto",
@@ -101,6 +102,7 @@ class Trainer:
 
     max_steps: Positive | None = None  # optimizer steps; wins over num_train_epochs
     num_train_epochs: Annotated[float, Gt(0.0)] = 1.0
+    loss: Loss = "cross_entropy"  # tfew: of the right answer, against wrong ones, among all choices
     per_device_train_batch_size: Positive = 8
     per_device_eval_batch_size: Positive = 16
     gradient_accumulation_steps: Positive = 1

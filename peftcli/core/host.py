@@ -14,22 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftcli.core import weights
-from peftcli.core.delta import Delta, NotMergeable
+from peftcli.core import merge, weights
+from peftcli.core.delta import Delta
 from peftcli.core.graft import (
     SHARED,
     activate,
     active_of,
     bare,
-    bare_class,
     deltas_of,
-    fold,
     graft,
     is_grafted,
     is_own,
     prune,
 )
-from peftcli.core.layer import Bare
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
 from peftcli.core.scores import Calibration
@@ -357,25 +354,7 @@ class Host:
         Raises `ConfigError` where an equation does not fold, or where the weight is shared with
         another module.
         """
-        folded: dict[str, tuple[Tensor, Tensor | None]] = {}
-        for path, module in self._grafted():
-            if weights.is_quantised(module):
-                raise ConfigError(
-                    f"{path} is stored in 4 or 8 bits: merging would round the adapter away. Keep "
-                    "it apart (--to adapter), or merge into the original weights "
-                    "(quantization=none)."
-                )
-            if not hasattr(module, "weight"):
-                raise ConfigError(
-                    f"{path}: what sits on a whole {type(module).__name__} does not fold into a "
-                    "weight; keep the adapter apart (--to adapter)"
-                )
-            layer = fold(Bare(module, bare_class(module)), module)
-            try:
-                folded[path] = (layer.weight, layer.bias)
-            except NotMergeable as e:
-                raise ConfigError(f"{path}: {e}; keep the adapter apart (--to adapter)") from None
-            self._refuse_shared(path, module)
+        folded = merge.folded(self.model)
         self._unmerged = {}
         for path, (W, b) in folded.items():
             module = self.model.get_submodule(path)
@@ -399,21 +378,6 @@ class Host:
                 module.register_parameter("bias", None)
         self._unmerged = {}
         self.activate(*self.adapters)
-
-    def _grafted(self) -> list[tuple[str, nn.Module]]:
-        """Grafted modules with an active delta, by path."""
-        return [(p, m) for p, m in self.model.named_modules() if active_of(m)]
-
-    def _refuse_shared(self, path: str, module: nn.Module) -> None:
-        for other_path, other in self.model.named_modules(remove_duplicate=False):
-            if other is module or is_own(other_path):
-                continue
-            if getattr(other, "weight", None) is module.weight:
-                raise ConfigError(
-                    f"{path} shares its weight with {other_path} (tied embeddings): merging would "
-                    "change both. Leave it out of method.target_modules, or keep the adapter "
-                    "apart."
-                )
 
     def bare(self) -> Any:
         """Context manager: the model without its grafts, for saving the base."""

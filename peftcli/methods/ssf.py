@@ -8,9 +8,10 @@ features to the new task's distribution; afterwards the pair folds into the oper
 
 The places are the paper's for vision models: every linear, convolution and norm, the patch
 embedding among them, not the heads. For language models the same rule is our generalisation: token
-embeddings stay as they are. A shift behind a norm that has no bias (RMSNorm) does not fold and is
-refused when merging. Which module is a convolution is read off its class; the authors' code
-compares sizes.
+embeddings stay as they are. A shift behind a norm without a bias (RMSNorm) folds into the biases of
+the linears that read it. Where an architecture has no place for those, as the head behind Llama's
+last norm, `target_modules` can name the other norms. Which module is a convolution is read off its
+class; the authors' code compares sizes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from peftcli.core import weights
-from peftcli.core.delta import NotMergeable, OutputDelta
+from peftcli.core.delta import OutputDelta
 from peftcli.core.method import Method
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
@@ -39,7 +40,6 @@ class SSFDelta(OutputDelta):
     def __init__(self, site: Site, scale: bool, shift: bool, std: float) -> None:
         super().__init__()
         self.axis = weights.channel_axis(site.module)
-        self.has_bias = hasattr(site.module, "bias")  # an RMSNorm has no place for one
         start = std * torch.randn(2, site.d_out)
         self.gamma = nn.Parameter(1 + start[0]) if scale else None  # (C,)
         self.beta = nn.Parameter(start[1]) if shift else None  # (C,)
@@ -54,11 +54,6 @@ class SSFDelta(OutputDelta):
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W' = gamma[:, None] W, b' = gamma b + beta."""
-        if self.beta is not None and not self.has_bias:
-            raise NotMergeable(
-                "a shift behind a norm without a bias does not fold into it (train with "
-                "method.ssf_shift=false to merge)"
-            )
         if self.gamma is not None:
             W = self.gamma[:, None] * W
             b = None if b is None else self.gamma * b
@@ -81,16 +76,22 @@ class SSF(Method):
     init_std: Annotated[float, Ge(0)] = 0.02
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
-        """A delta behind every target; `norm` among them means every norm."""
+        """A delta behind every target. `norm` means every norm; norms can be named, too."""
         if not (self.ssf_scale or self.ssf_shift):
             raise ConfigError(
                 "method.ssf_scale=false and method.ssf_shift=false: nothing is left to train."
             )
         entries = self.target_modules
         entries = (entries,) if isinstance(entries, str) else entries
-        others = [entry for entry in entries if entry != "norm"]
+        norms = host.places("norm")
+        host.matched[host.building] = {}
+        named = {e: [s for s in norms if s.pick({e: 1}, 0)] for e in entries}
+        others = [entry for entry in entries if not named[entry]]
         sites = host.find(others) if others or not entries else []
-        sites += host.places("norm") if "norm" in entries else []
+        for entry, found in named.items():
+            if found:
+                host.matched[host.building][entry] = len(found)
+                sites += [site for site in found if site not in sites]
         for site in sites:
             if not _within(site.path, host.saved_modules):
                 host.graft(site, self.build(site))

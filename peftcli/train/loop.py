@@ -1,9 +1,9 @@
 """The loop: the life cycle of `peftcli.core.method`, and the promises about numbers and
 interruptions.
 
-The loss of a step is the sum over its targets divided by their number over all micro-batches, so
-that batch 8 x 1 equals 1 x 8. Between two batches a signal may end the run, with a checkpoint that
-continues bit for bit. Numbers that are not finite never reach the weights.
+The loss of a step is a mean over all its micro-batches (`objective`). Between two batches a signal
+may end the run, with a checkpoint that continues bit for bit. Numbers that are not finite never
+reach the weights.
 """
 
 from __future__ import annotations
@@ -182,17 +182,14 @@ class Loop:
         return loss
 
     def _forward_backward(self, batches: list[Batch]) -> float:
-        """Accumulate the gradients of the mean loss over all targets of the step; returns that
-        mean.
-        """
+        """Accumulate the gradients of the step's loss; returns the loss."""
         where = next(self.host.model.parameters()).device
-        num_targets = sum(b.num_targets for b in batches)
+        totals, kind = objective.Totals.of(batches), self.settings.loss
         total = 0.0
         for batch in batches:
             with torch.autocast(where.type, self.autocast, enabled=self.autocast is not None):
                 there = batch.to(where)
-                loss = objective.loss_sum(self.task, self.host.model, there, self.head)
-                loss = loss / num_targets
+                loss = objective.loss(self.task, kind, self.host.model, there, totals, self.head)
             loss.backward()
             total += loss.item()
         if (penalty := self.method.penalty(self.host)) is not None:

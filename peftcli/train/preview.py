@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.data.collate import Batch, Collator
-from peftcli.settings import Task
+from peftcli.settings import Loss, Task
 from peftcli.train import objective, streams
 from peftcli.train.evaluate import Indexed
 
@@ -30,6 +30,7 @@ class Preview:
     head: nn.Linear | None = None
     tokenizer: Any = None
     labels: tuple[str, ...] = ()
+    kind: Loss = "cross_entropy"
 
     def batches(self, n: int) -> Iterator[Batch]:
         """The first `n` micro-batches; fewer where the data end."""
@@ -44,10 +45,10 @@ class Preview:
             self.model(**batch.inputs)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The mean loss over the batch's targets."""
+        """The loss of a step of this batch alone."""
         with self._autocast():
-            total = objective.loss_sum(self.task, self.model, batch, self.head)
-        return total / batch.num_targets
+            totals = objective.Totals.of([batch])
+            return objective.loss(self.task, self.kind, self.model, batch, totals, self.head)
 
     def tokens(self, batch: Batch, source: bool = False) -> Tensor | None:
         """(B, T), which tokens count: those that answer for a target, or all real ones where no

@@ -98,7 +98,7 @@ def run_all(method: str, family: str, args: argparse.Namespace) -> None:
 def once(method: str, lr: float, name: str, more: list[str], args: argparse.Namespace) -> float:
     """The accuracy of a run; 0 where it ended with an error, which is kept beside it."""
     from peftcli import config, run
-    from peftcli.errors import UserError
+    from peftcli.errors import Stopped, UserError
 
     folder = args.out / method / f"{name}_lr{lr:.0e}"
     words = [f"+recipe={args.recipe}", "method=" + method, f"optimizer.lr={lr}"]
@@ -107,6 +107,8 @@ def once(method: str, lr: float, name: str, more: list[str], args: argparse.Name
         try:
             cfg = config.compose([*words, f"run_dir={folder}"])
             run.train(config.typed(cfg), cfg)
+        except Stopped:
+            raise
         except UserError as e:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "error.txt").write_text(str(e), encoding="utf-8")

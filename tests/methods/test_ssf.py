@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GemmaConfig, GemmaForCausalLM, ViTConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM, ViTConfig
 
 from peftcli.core import weights
-from peftcli.core.delta import NotMergeable
 from peftcli.core.host import Host
 from peftcli.core.layer import Bare
+from peftcli.core.merge import readers
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.export.publish import declare_biases
 from peftcli.methods.ssf import SSF, SSFDelta
 from peftcli.models.load import empty_model
 from tests import tiny
@@ -103,16 +103,44 @@ def test_scale_and_shift_fold_into_the_operation(make: object, shape: tuple[int,
     torch.testing.assert_close(module(x), y, atol=1e-5, rtol=1e-5)
 
 
-def test_a_scale_folds_into_an_rms_norm_and_a_shift_does_not() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_shift_behind_a_norm_folds_into_the_linears_that_read_it(bias: bool) -> None:
+    """b'' = b + W beta, on Llama without and with biases in its linears."""
+    config = tiny.models()["llama"]().config
+    config.attention_bias = config.mlp_bias = bias
     torch.manual_seed(0)
-    norm = LlamaRMSNorm(4).requires_grad_(False)
-    layer, x = Bare(norm, LlamaRMSNorm), torch.randn(2, 3, 4)
-    scale = delta_on(norm, shift=False)
-    y = scale(x, layer)
-    W, b = scale.merged(layer.weight, layer.bias)
-    torch.testing.assert_close(layer.linear(x, W, b), y)
-    with pytest.raises(NotMergeable, match="ssf_shift=false"):
-        delta_on(norm).merged(norm.weight[:, None], None)
+    host = Host(LlamaForCausalLM(config).eval())
+    base = {n: p.clone() for n, p in host.model.named_parameters()}
+    host.add(SSF(target_modules=("backbone", ".*layernorm"), init_std=0.3))
+    assert host.matched["default"][".*layernorm"] == 2 * config.num_hidden_layers
+    apart, merged = logits_moved_and_merged(host, "llama")
+    torch.testing.assert_close(merged, apart, atol=1e-5, rtol=1e-5)
+    assert host.model.model.layers[0].self_attn.q_proj.bias.abs().max() > 0.1
+    assert not hasattr(host.model.model.layers[0].input_layernorm, "bias")
+    declare_biases(host)
+    host.unmerge()
+    assert all(torch.equal(p, base[n]) for n, p in host.model.named_parameters() if n in base)
+
+
+def test_a_shift_with_no_place_is_refused_when_merging() -> None:
+    """Llama's head has no bias in its configuration."""
+    host = Host(tiny.models()["llama"]())
+    host.add(SSF())
+    host.merge()
+    with pytest.raises(ConfigError, match=r"lm_head\.bias"):
+        declare_biases(host)
+
+
+def test_a_norm_that_more_than_linears_read_keeps_its_shift() -> None:
+    model = tiny.models()["llama"]()
+    assert readers(model, ["model.norm"]) == {"model.norm": ["lm_head"]}
+    states: list[Tensor] = []
+    model.model.register_forward_hook(lambda m, args, out: states.append(out[0]))
+    model.register_forward_hook(lambda m, args, out: (out[0] + states[-1].sum(-1, keepdim=True),))
+    with pytest.raises(ConfigError, match=r"more than the linears.*lm_head"):
+        readers(model, ["model.norm"])
+    with pytest.raises(ConfigError, match="and none does"):
+        readers(model, ["model.layers.0.mlp"])
 
 
 def test_gradients_are_sums_over_tokens() -> None:

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[list[str | Callable[..., str]], int, list[str]]] = {
     "an absent checkpoint": (["resume=nowhere/step-000004"], 2, ["nowhere/step-000004"]),
     "a task the data does not fit": (["model.task=regression"], 2, ["regression"]),
     "too much warm-up": (["scheduler.warmup_steps=500"], 2, ["scheduler.warmup_steps", "500"]),
+    "a loss without choices": (["trainer.loss=tfew"], 2, ["trainer.loss=tfew", "choices"]),
     "packing where it cannot be": (["model=gpt2", "dataset.packing=maybe"], 2, ["dataset.packing"]),
     "remote code without a commit": (
         ["model.name_or_path=someone/model", "model.trust_remote_code=true"],

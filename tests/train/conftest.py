@@ -108,7 +108,8 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 use_packed_attention(host.model)
             head = None if method.lays_tokens else direct_head(host.model)
             settings = Trainer(**{"per_device_train_batch_size": 4, "max_steps": 12, **trainer})
-            collate = make_collator("causal_lm", packing=packing)
+            choosing = settings.loss == "tfew"
+            collate = make_collator("causal_lm", packing=packing, scoring=choosing)
             size = settings.per_device_train_batch_size
             cpu = torch.device("cpu")
             data = Preview(host.model, "causal_lm", examples, collate, size, seed, cpu, head=head)

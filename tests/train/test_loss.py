@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 
-from peftcli.data.collate import causal_collator, padded_rows, training_branches
+from peftcli.data.collate import Batch, Choice, causal_collator, padded_rows, training_branches
 from peftcli.models.attention import NAME, can_pack, use_packed_attention
+from peftcli.settings import Loss
 from peftcli.train import objective
 from peftcli.train.evaluate import evaluate
 from tests import tiny
 from tests.train.conftest import MakeLoop, chats
+
+LOG_4, UNLIKELY, LOG_2 = 1.386294, 0.274437, 0.693147  # -log 0.76 is the middle one
 
 
 def trained_by(loop: object) -> dict[str, torch.Tensor]:
@@ -19,10 +24,12 @@ def trained_by(loop: object) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in loop.host.trained().items()}
 
 
-def test_batch_8_times_1_equals_1_times_8(make_loop: MakeLoop, tmp_path) -> None:
-    wide = make_loop(folder=tmp_path / "a", per_device_train_batch_size=8, max_steps=4)
+@pytest.mark.parametrize("kind", get_args(Loss))
+def test_batch_8_times_1_equals_1_times_8(kind: Loss, make_loop: MakeLoop, tmp_path) -> None:
+    wide = make_loop(folder=tmp_path / "a", loss=kind, per_device_train_batch_size=8, max_steps=4)
     narrow = make_loop(
         folder=tmp_path / "b",
+        loss=kind,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=8,
         max_steps=4,
@@ -128,6 +135,19 @@ def _without_segments(forward: object) -> object:
         return forward(*args, **kwargs)
 
     return leaking
+
+
+def test_the_three_losses_of_tfew() -> None:
+    """Four words of equal logits; a right answer of two tokens, a wrong one of one token."""
+    targets, owner = torch.tensor([1, 2, 1, 2, 3]), torch.tensor([0, 0, 1, 1, 2])
+    counted = torch.tensor([True, True, False, False, False])
+    batch = Batch(
+        {}, targets, ("a",), 5, owner=owner, counted=counted, choices=(Choice((1, 2), 0),)
+    )
+    totals = objective.Totals.of([batch, batch])
+    assert totals == objective.Totals(targets=4, wrong=2, questions=2)
+    half = objective.tfew(torch.zeros(5, 4), batch, totals)
+    assert 2 * half.item() == pytest.approx(LOG_4 + UNLIKELY + LOG_2, abs=1e-6)
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
