@@ -136,24 +136,24 @@ def print_error(text: str) -> None:
 
 def page(text: str) -> str:
     """A help page; *words* are bold on a terminal."""
-    from peftcli import cards  # reads types for a tenth of a second, which --version need not
+    from peftcli import folders
 
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for i in range(text.count("*")):
         text = text.replace("*", (bold, plain)[i % 2], 1)
     for kind in ("recipes", "configs"):
-        text = text.replace(f"{{{kind}}}", cards.shown(cards.built_in(kind)))
+        text = text.replace(f"{{{kind}}}", folders.shown(folders.built_in(kind)))
     return text.rstrip()
 
 
 # -- train -----------------------------------------------------------------------------------------
 def train(words: list[str]) -> int:
     """Compose, check, and train in this process; with -m, one process a member."""
-    from peftcli import hydra_app
-
     if "-h" in words or "--help" in words:
         print(page(TRAIN_HELP))
         return 0
+    from peftcli import hydra_app
+
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)  # until the run's own handlers exist
     args = hydra_app.parse(words)
@@ -364,8 +364,7 @@ def methods(words: list[str]) -> int:
     parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with method/")
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     args = parser.parse_args(words)
-    from peftcli import explain
-    from peftcli.cards import Traits
+    from peftcli.traits import Traits
 
     def wanted(traits: Traits) -> bool:
         marks = [getattr(args, flag.replace("-", "_")) for flag in TRAITS]
@@ -378,7 +377,15 @@ def methods(words: list[str]) -> int:
         )
 
     dirs = [args.config_dir] if args.config_dir else []
-    return explain.methods(args.name, dirs, args.json, wanted)
+    if args.name is None and not args.json:
+        from peftcli import catalog
+
+        return catalog.methods(dirs, wanted)
+    from peftcli import explain
+
+    if args.name is None:
+        return explain.methods_as_json(dirs, wanted)
+    return explain.method(args.name, dirs, args.json)
 
 
 def explain(words: list[str]) -> int:

@@ -22,9 +22,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftcli import cards, settings
+from peftcli import cards, folders, settings
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.suggest import nearest_keys
+from peftcli.words import in_words
 
 FILE = "config.yaml"
 OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization.")
@@ -134,7 +135,7 @@ class Check:
     def group(self, group: str) -> dict[str, Any]:
         """{group: its dataclass}."""
         node = self.tree.get(group)
-        choices = ", ".join(cards.choices(group, self.config_dirs))
+        choices = ", ".join(folders.choices(group, self.config_dirs))
         if not isinstance(node, dict):
             raise ConfigError(
                 f"{group}={_shown(node)}: is a group of keys; choose one of its files: {choices}."
@@ -219,7 +220,7 @@ class Check:
                 key, value, hint = _locate(where, values, hints, error["loc"])
                 wrong.setdefault(
                     key,
-                    f"{key}={_shown(value)}: takes {cards.in_words(hint)}."
+                    f"{key}={_shown(value)}: takes {in_words(hint)}."
                     f"{_near(value, hint)}{self.see(key)}",
                 )
             raise ConfigError("\n".join(wrong.values())) from None
@@ -290,7 +291,9 @@ class Check:
             return ""
         meaning = documented[(name or group).split(".")[0]].meaning
         return (
-            f" ({cards.shown(card.path)}: {meaning})" if meaning else f" ({cards.shown(card.path)})"
+            f" ({folders.shown(card.path)}: {meaning})"
+            if meaning
+            else f" ({folders.shown(card.path)})"
         )
 
     def card(self, group: str) -> cards.Card | None:
@@ -394,7 +397,7 @@ def _shown(value: Any) -> str:
 
 def _near(value: Any, hint: Any) -> str:
     """The nearest word where words are to choose from; how to write a number as text."""
-    words = [w.strip() for w in cards.in_words(hint).split("|")]
+    words = [w.strip() for w in in_words(hint).split("|")]
     if isinstance(value, str):
         return did_you_mean(value, words)
     return f" As text: \"'{value}'\"." if "text" in words and isinstance(value, int | float) else ""

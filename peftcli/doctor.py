@@ -16,7 +16,7 @@ from typing import Any
 from rich.text import Text
 
 from peftcli import __version__
-from peftcli.explain import screen, table
+from peftcli.catalog import screen, table
 
 TESTED = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "hydra-core": ("1.3", "1.3")}
 NEEDED = (

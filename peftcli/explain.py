@@ -1,80 +1,33 @@
-"""`peft-train methods` and `peft-train explain`: the cards on a screen, or as JSON."""
+"""`peft-train methods NAME` and `peft-train explain`: the cards on a screen, or as JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from peftcli import cards
+from peftcli import cards, folders
 from peftcli.cards import Card, Key
+from peftcli.catalog import Wanted, first_line, screen, table
 from peftcli.errors import ConfigError, did_you_mean
 from peftcli.suggest import ALIASES, nearest_keys
-
-
-class Output(Console):
-    """Standard output: what is shown here is the answer itself."""
-
-    def on_broken_pipe(self) -> None:
-        """Leave a reader that went away to `main`, where rich would exit with 1."""
-        raise BrokenPipeError
-
-
-def screen() -> Output:
-    """Standard output; lines stay whole where it is no terminal."""
-    return Output(highlight=False, width=None if sys.stdout.isatty() else 10_000)
-
-
-def table(*header: str, rows: Sequence[Sequence[str]], title: str = "") -> Table:
-    """Columns without lines."""
-    found = Table(
-        box=None, padding=(0, 2, 0, 0), header_style="bold", title=title, title_justify="left"
-    )
-    found.title_style = "bold cyan"
-    for name in header:
-        found.add_column(name, overflow="fold")
-    for row in rows:
-        found.add_row(*map(escape, row))
-    return found
+from peftcli.traits import paper, traits
 
 
 # -- methods ---------------------------------------------------------------------------------------
-def methods(
-    name: str | None,
-    config_dirs: Sequence[Path],
-    as_json: bool,
-    wanted: Callable[[cards.Traits], bool] = lambda traits: True,
-) -> int:
-    """All methods whose traits are wanted, or the equation and the options of one."""
-    if name is not None:
-        return _method(cards.find_method(name, config_dirs), as_json)
-    read = cards.cards if as_json else cards.listed
-    found = [c for c in read("method", config_dirs) if wanted(cards.traits(c.target))]
-    if as_json:
-        print(json.dumps([_as_data(card) for card in found], indent=2))
-        return 0
-    rows = [(c.choice, *_marks(cards.traits(c.target)), _first_line(c)) for c in found]
-    header = ("method", "family", "folds", "4/8 bit", "pre-pass", "published as", "what it is")
-    screen().print(table(*header, rows=rows))
-    screen().print(
-        "\n[dim]peft-train methods NAME: equation and options; peft-train method=NAME trains.[/]"
-    )
-    return 0
-
-
-def _method(card: Card, as_json: bool) -> int:
+def method(name: str, config_dirs: Sequence[Path], as_json: bool) -> int:
+    """The equation and the options of one method."""
+    card = cards.find_method(name, config_dirs)
     if as_json:
         print(json.dumps(_as_data(card), indent=2))
         return 0
     console = screen()
-    console.print(escape(cards.paper(card.target)))
+    console.print(escape(paper(card.target)))
     console.print()
     console.print(_options(card))
     console.print()
@@ -83,39 +36,37 @@ def _method(card: Card, as_json: bool) -> int:
     return 0
 
 
-def _marks(traits: cards.Traits) -> tuple[str, ...]:
-    marks = (traits.mergeable, traits.quantisable, traits.pre_pass)
-    return traits.family, *("yes" if mark else "-" for mark in marks), traits.exports
+def methods_as_json(config_dirs: Sequence[Path], wanted: Wanted) -> int:
+    """All methods whose traits are wanted, with their options."""
+    found = [c for c in cards.cards("method", config_dirs) if wanted(traits(c.target))]
+    print(json.dumps([_as_data(card) for card in found], indent=2))
+    return 0
 
 
 def _about_traits(card: Card) -> Table:
     """What a method goes with, in sentences."""
-    traits = cards.traits(card.target)
-    own = traits.exports == "own"
+    has = traits(card.target)
+    own = has.exports == "own"
     rows = [
-        ("family", traits.family),
-        ("data", ", ".join(traits.modalities)),
-        ("merging", "folds into the weights" if traits.mergeable else "stays beside the weights"),
-        ("4 or 8 bits", "trains on such a base" if traits.quantisable else "needs a full base"),
+        ("family", has.family),
+        ("data", ", ".join(has.modalities)),
+        ("merging", "folds into the weights" if has.mergeable else "stays beside the weights"),
+        ("4 or 8 bits", "trains on such a base" if has.quantisable else "needs a full base"),
         ("pre-pass", "looks at the task first, at least with some options")
-        if traits.pre_pass
+        if has.pre_pass
         else ("pre-pass", "none"),
-        ("published as", "an adapter in our own format" if own else traits.exports),
+        ("published as", "an adapter in our own format" if own else has.exports),
         ("cost", f"peft-train check model=llama2_7b method={card.choice}    counts it exactly"),
     ]
     return table("", "", rows=rows, title="goes with")
 
 
-def _first_line(card: Card) -> str:
-    return cards.paper(card.target).partition("\n")[0]
-
-
 def _as_data(card: Card) -> dict[str, Any]:
     return {
         "name": card.choice,
-        **dataclasses.asdict(cards.traits(card.target)),
-        "summary": _first_line(card),
-        "description": cards.paper(card.target),
+        **dataclasses.asdict(traits(card.target)),
+        "summary": first_line(card.target),
+        "description": paper(card.target),
         "target": card.target,
         "command": card.command,
         "file": str(card.path),
@@ -129,7 +80,7 @@ def _key_data(key: Key) -> dict[str, str]:
 
 def _options(card: Card) -> Table:
     rows = [(k.name, k.default, k.takes, k.meaning) for k in card.keys]
-    return table("key", "default", "takes", "meaning", rows=rows, title=cards.shown(card.path))
+    return table("key", "default", "takes", "meaning", rows=rows, title=folders.shown(card.path))
 
 
 # -- explain ---------------------------------------------------------------------------------------
@@ -174,14 +125,14 @@ def _full(key: str, config_dirs: Sequence[Path]) -> str:
 
 def _groups(config_dirs: Sequence[Path], as_json: bool) -> int:
     chosen = cards.defaults()
-    found = {group: sorted(cards.choices(group, config_dirs)) for group in cards.GROUPS}
+    found = {group: sorted(folders.choices(group, config_dirs)) for group in cards.GROUPS}
     top = cards.root_card(config_dirs)
     if as_json:
         data = {g: {"default": chosen.get(g), "choices": c} for g, c in found.items()}
         print(json.dumps({"groups": data, "keys": [_key_data(k) for k in top.keys]}, indent=2))
         return 0
     rows = [(g, chosen.get(g, ""), ", ".join(names)) for g, names in found.items()]
-    rows.append(("recipe", "", ", ".join(sorted(cards.recipes(config_dirs)))))
+    rows.append(("recipe", "", ", ".join(sorted(folders.recipes(config_dirs)))))
     console = screen()
     console.print(table("group", "default", "choices", rows=rows))
     console.print()
@@ -213,7 +164,7 @@ def _group(group: str, config_dirs: Sequence[Path], as_json: bool) -> int:
 
 
 def _about(card: Card) -> str:
-    return _first_line(card) if card.group == "method" else card.summary
+    return first_line(card.target) if card.group == "method" else card.summary
 
 
 def _choice(group: str, choice: str, config_dirs: Sequence[Path], as_json: bool) -> int:
@@ -234,7 +185,7 @@ def _choice(group: str, choice: str, config_dirs: Sequence[Path], as_json: bool)
 
 
 def _recipes(name: str, config_dirs: Sequence[Path], as_json: bool) -> int:
-    found = cards.recipes(config_dirs)
+    found = folders.recipes(config_dirs)
     if name and name not in found:
         raise ConfigError(
             f"recipe={name}: no such recipe.{did_you_mean(name, found)} All: {', '.join(found)}."
@@ -280,7 +231,7 @@ def _key(key: str, config_dirs: Sequence[Path], as_json: bool) -> int:
             console.print(
                 f"  [bold]default[/]  {escape(default)}" + f"   [dim]{escape(', '.join(names))}[/]"
             )
-    console.print(f"  [bold]file[/]     {escape(cards.shown(files[0][0].path))}")
+    console.print(f"  [bold]file[/]     {escape(folders.shown(files[0][0].path))}")
     return 0
 
 
@@ -289,5 +240,5 @@ def _same(files: Sequence[tuple[Card, Key]]) -> dict[tuple[str, str], dict[str, 
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for card, key in files:
         where = found.setdefault((key.meaning, key.takes), {}).setdefault(key.default, [])
-        where.append(f"{card.group}={card.choice}" if card.group else cards.shown(card.path))
+        where.append(f"{card.group}={card.choice}" if card.group else folders.shown(card.path))
     return found

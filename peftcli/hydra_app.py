@@ -33,7 +33,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from peftcli import cards
+from peftcli import cards, folders
 from peftcli.errors import ConfigError
 from peftcli.hydra_words import VERBS, known_keys, our_words, unknown_flag
 
@@ -126,8 +126,8 @@ def open_hydra(config_dirs: Sequence[Path]) -> Hydra:
         if not folder.is_dir():
             raise ConfigError(f"--config-dir {folder}: no such folder.")
         path.append("command-line", f"file://{folder.absolute()}")
-    path.append("main", f"file://{cards.built_in('configs')}")
-    for folder in cards.recipe_folders(config_dirs):
+    path.append("main", f"file://{folders.built_in('configs')}")
+    for folder in folders.recipe_folders(config_dirs):
         if folder.name == "recipes":  # a user's `recipe/` is a group as it is
             path.append("recipes", f"recipes://{folder.absolute()}")
     path.append("schema", "structured://")
@@ -356,7 +356,7 @@ def completions(plugin: CompletionPlugin, line: str) -> list[str]:
         verbs = [verb for verb in VERBS if verb.startswith(first)]
         return sorted([*verbs, *plugin._query(cards.ROOT, line)])
     if first in VERBS and first not in RUN_VERBS:
-        keys = {"methods": cards.choices("method"), "explain": known_keys([])}.get(first, {})
+        keys = {"methods": folders.choices("method"), "explain": known_keys([])}.get(first, {})
         return sorted(key for key in keys if key.startswith(rest))
     words = (rest if first in RUN_VERBS else line).split(" ")
     kept = [

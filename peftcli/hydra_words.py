@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from peftcli import cards
+from peftcli import cards, folders
 from peftcli.errors import ConfigError, UserError, did_you_mean
 from peftcli.suggest import nearest_keys
 
@@ -108,7 +108,7 @@ def _unreadable(line: str) -> str:
 
 def _broken_yaml(e: MarkedYAMLError) -> str:
     mark = e.problem_mark or e.context_mark
-    where = f"{cards.shown(Path(mark.name))}, line {mark.line + 1}: " if mark else ""
+    where = f"{folders.shown(Path(mark.name))}, line {mark.line + 1}: " if mark else ""
     return f"{where}{e.problem or e.context}."
 
 
@@ -118,7 +118,7 @@ def _not_utf8(config_dirs: Sequence[Path]) -> str:
             try:
                 path.read_text(encoding="utf-8")
             except UnicodeDecodeError:
-                return cards.shown(path)
+                return folders.shown(path)
     return "a configuration file"
 
 
@@ -129,9 +129,9 @@ def _no_such_choice(e: MissingConfigException, config_dirs: Sequence[Path]) -> s
     within = f"{place[1]}: " if place and place[1] != cards.ROOT else ""
     if not group:
         if given not in known_keys(config_dirs):
-            folders = ", ".join(map(cards.shown, cards.config_folders(config_dirs)))
-            return f"{within}no file {given}.yaml in {folders}."
-        return f"{within}{given}: needs a choice: {', '.join(cards.choices(given, config_dirs))}."
+            searched = ", ".join(map(folders.shown, folders.config_folders(config_dirs)))
+            return f"{within}no file {given}.yaml in {searched}."
+        return f"{within}{given}: needs a choice: {', '.join(folders.choices(given, config_dirs))}."
     options = e.options or []
     if not options:
         return f"{within}no group {group!r}.{_meant(group, config_dirs)}"
@@ -145,7 +145,7 @@ def _not_a_choice(overrides: Sequence[str], config_dirs: Sequence[Path]) -> str:
     """`trainer=3`: a group wants one of its files."""
     for line in overrides:
         group, _, given = line.lstrip("+").partition("=")
-        options = cards.choices(group, config_dirs) if group in cards.GROUPS else {}
+        options = folders.choices(group, config_dirs) if group in cards.GROUPS else {}
         if options and given not in options:
             return f"{line}: no such choice. All: {', '.join(options)}."
     return "the choice of a group is a name."

@@ -1,19 +1,31 @@
-"""y = W x + b + s B A x for a frozen W, as one autograd node that saves little.
+"""y_i = W_i x + b_i + s_i B_i A_i x for frozen W_i that read the same x, as one autograd node that
+saves little.
 
-Beside `x`, which the frozen product's neighbours keep alive anyway, only the (T, R) activations A x
-are saved; the low-rank product is added into the frozen one in place. The masters A and B may be
-float32 while the products run in the type of `x` (or autocast's): they are cast on the way in, and
-their gradients leave in float32.
+Beside `x`, which the frozen products' neighbours keep alive anyway, only the activations A x of all
+ranks are saved: the A_i are one product, forward and backward, and every low-rank product is added
+into the frozen one in place. The masters A and B may be float32 while the products run in the type
+of `x` (or autocast's): they are cast on the way in, and their gradients leave in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+class Branch(NamedTuple):
+    """A frozen linear with its factors: W (O, I), b (O,), A (R, I), B (O, R), s."""
+
+    W: Tensor
+    b: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
 
 
 def lora_linear_ref(
@@ -29,41 +41,76 @@ def lora_linear(
     """W x + b + scale * B A x. x (..., I), W (O, I) frozen, b (O,) frozen, A (R, I), B (O, R) ->
     (..., O).
     """
+    return lora_linears(x, [Branch(W, b, A, B, scale)])[0]
+
+
+def lora_linears(x: Tensor, branches: Sequence[Branch]) -> tuple[Tensor, ...]:
+    """The outputs (..., O_i) of all branches for one x (..., I)."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     with torch.autocast(device, enabled=False):
-        return _LoRALinear.apply(
-            x.to(dtype), W.to(dtype), None if b is None else b.to(dtype), A, B, scale
+        frozen = [(W.to(dtype), None if b is None else b.to(dtype)) for W, b, _, _, _ in branches]
+        return _LoRALinears.apply(
+            x.to(dtype),
+            [branch.scale for branch in branches],
+            *(W for W, _ in frozen),
+            *(b for _, b in frozen),
+            *(branch.A for branch in branches),
+            *(branch.B for branch in branches),
         )
 
 
-class _LoRALinear(torch.autograd.Function):
+class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scales: list[float], *tensors: Any) -> tuple[Tensor, ...]:
+        n = len(scales)
+        W, b, A, B = (tensors[i * n : i * n + n] for i in range(4))
         x_TI = x.reshape(-1, x.shape[-1])
-        h_TR = x_TI @ A.to(x.dtype).T
-        y_TO = F.linear(x_TI, W, b)
-        y_TO.addmm_(h_TR, B.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(x_TI, h_TR, W, A, B)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y_TO.view(*x.shape[:-1], -1)
+        A_RI = _stacked(A, x.dtype)
+        h_TR = x_TI @ A_RI.T
+        ranks = [len(A_i) for A_i in A]
+        outputs = []
+        for W_i, b_i, B_i, h_i, s in zip(W, b, B, h_TR.split(ranks, 1), scales, strict=True):
+            y_TO = F.linear(x_TI, W_i, b_i)
+            y_TO.addmm_(h_i, B_i.to(x.dtype).T, alpha=s)
+            outputs.append(y_TO.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(x_TI, h_TR, *W, *A, *B)
+        ctx.scales, ctx.ranks, ctx.shape = scales, ranks, x.shape
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (dy,) = grad_outputs
-        x_TI, h_TR, W, A, B = ctx.saved_tensors
-        dy_TO = dy.reshape(-1, dy.shape[-1])
-        u_TR = (dy_TO @ B.to(dy.dtype)).mul_(ctx.scale)
-        dx = dA = dB = None
-        if ctx.needs_input_grad[3]:
-            dA = (u_TR.T @ x_TI).to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            dB = (dy_TO.T @ h_TR).to(B.dtype).mul_(ctx.scale)
+        n, (x_TI, h_TR, *saved) = len(ctx.scales), ctx.saved_tensors
+        W, A, B = (saved[i * n : i * n + n] for i in range(3))
+        wants_A, wants_B = (ctx.needs_input_grad[2 + i * n :][:n] for i in (2, 3))
+        dy = [g.reshape(-1, g.shape[-1]) for g in grad_outputs]
+        u_TR = _side_by_side(
+            [(g @ B_i.to(g.dtype)).mul_(s) for g, B_i, s in zip(dy, B, ctx.scales, strict=True)]
+        )
+        dx, dA, dB = None, [None] * n, [None] * n
+        if any(wants_A):
+            dA = (u_TR.T @ x_TI).to(A[0].dtype).split(ctx.ranks)
+        if any(wants_B):
+            h = h_TR.split(ctx.ranks, 1)
+            dB = [
+                (g.T @ h_i).to(B[0].dtype).mul_(s)
+                for g, h_i, s in zip(dy, h, ctx.scales, strict=True)
+            ]
         if ctx.needs_input_grad[0]:
-            dx = (dy_TO @ W).addmm_(u_TR, A.to(dy.dtype)).view(ctx.shape)
-        return dx, None, None, dA, dB, None
+            dx = u_TR @ _stacked(A, u_TR.dtype)
+            for g, W_i in zip(dy, W, strict=True):
+                dx.addmm_(g, W_i)
+            dx = dx.view(ctx.shape)
+        return dx, None, *[None] * (2 * n), *dA, *dB
+
+
+def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """All A_i (R_i, I) below each other: (R, I)."""
+    return A[0].to(dtype) if len(A) == 1 else torch.cat([A_i.to(dtype) for A_i in A])
+
+
+def _side_by_side(u: list[Tensor]) -> Tensor:
+    return u[0] if len(u) == 1 else torch.cat(u, 1)

@@ -33,14 +33,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from peftcli.core import weights
 from peftcli.core.delta import Delta, WeightDelta
 from peftcli.core.graft import deltas_of
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
+from peftcli.core.siblings import Siblings, families
 from peftcli.core.site import Site, find_sites
 from peftcli.errors import ConfigError
-from peftcli.kernels.lora_linear import lora_linear
+from peftcli.kernels.lora_linear import Branch, lora_linear, lora_linears
 from peftcli.methods.lora_init import INITS, Start, prepare
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class LoRADelta(WeightDelta):
         self.B = nn.Parameter(
             torch.zeros(site.d_out, r // site.groups)
         )  # (O, R/groups), zero so dW = 0 at start
+        self.siblings: Siblings | None = None  # of linears that read the same input
         self.register_buffer("A0", None)  # (R, I), where the start is a part of W
         self.register_buffer("B0", None)  # (O, R)
 
@@ -93,6 +96,8 @@ class LoRADelta(WeightDelta):
         """W x + b + s B A drop(x); dropout acts on the branch alone, while training."""
         A, B = self.factors()
         if layer.is_plain and not (self.training and self.dropout):
+            if self.siblings and (y := self.siblings.output(x, self)) is not None:
+                return y
             return lora_linear(x, layer.weight, layer.bias, A, B, self.scale)
         y = layer(x)
         if x.is_floating_point():
@@ -101,6 +106,17 @@ class LoRADelta(WeightDelta):
         if not x.is_floating_point():  # ids of an embedding: what is dropped are the looked-up rows
             h = F.dropout(h, self.dropout, self.training)
         return y + self.scale * layer.mix(h, B.to(y.dtype))
+
+
+def together(x: Tensor, members: Sequence[tuple[nn.Module, LoRADelta]]) -> tuple[Tensor, ...]:
+    """The outputs of linears that read the same `x`."""
+    return lora_linears(
+        x,
+        [
+            Branch(weights.dense(module), cast(Any, module).bias, *delta.factors(), delta.scale)
+            for module, delta in members
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -246,9 +262,16 @@ class LoRA(LowRank):
         """Graft a started pair of factors on every site whose rank is not 0."""
         sites = [site for site in host.find(self.target_modules) if self.rank(site)]
         method, start = prepare(self, host, sites, data)
+        deltas: dict[str, LoRADelta] = {}
         for site in sites:
             if method.rank(site):
-                host.graft(site, method.build(site, start))
+                host.graft(site, delta := method.build(site, start))
+                deltas[site.name] = delta
+        for family in families(site for site in sites if site.name in deltas):
+            members = [(site.module, deltas[site.name]) for site in family]
+            siblings = Siblings(members, together)
+            for _, delta in members:
+                delta.siblings = siblings
 
     def published(self, host: Host, name: str) -> LoRA:
         """With EVA's ranks written out; the other shapes follow from the fields."""

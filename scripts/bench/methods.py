@@ -61,10 +61,11 @@ ROUNDS, TOGETHER = 9, 4  # steps a method, and methods that stand beside LoRA
 
 def methods() -> dict[str, str]:
     """Every method by its file's name, with its family; the bridge needs a peft type to be one."""
-    from peftcli import cards
+    from peftcli import folders
+    from peftcli.traits import family
 
-    families = {card.choice: cards.family(card.target) for card in cards.cards("method")}
-    return {name: family for name, family in families.items() if family != "bridge"}
+    families = {m: family(target) for m, target in folders.targets("method").items()}
+    return {m: kind for m, kind in families.items() if kind != "bridge"}
 
 
 def rate(method: str, family: str, place: int) -> float:

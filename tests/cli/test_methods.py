@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from peftcli import cards
+from peftcli import cards, folders, traits
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, NotApplicable
 from tests import tiny
@@ -20,16 +20,16 @@ FAMILIES = {
     *("low-rank", "structured", "scale-shift", "selective", "sparse", "adapter", "prompt"),
     "bridge",
 }
-KNOWN = yaml.safe_load((cards.PACKAGE / "known_methods.yaml").read_text())
+KNOWN = yaml.safe_load((folders.PACKAGE / "known_methods.yaml").read_text())
 
 
-def traits(method: str) -> cards.Traits:
-    return cards.traits(cards.find_method(method).target)
+def traits_of(method: str) -> traits.Traits:
+    return traits.traits(cards.find_method(method).target)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_traits_read_off_the_source_are_those_of_the_class(method: str) -> None:
-    read, made = traits(method), make_method(method)
+    read, made = traits_of(method), make_method(method)
     assert read.family == made.family
     assert read.family in FAMILIES
     assert read.quantisable == type(made).on_quantised
@@ -40,7 +40,7 @@ def test_traits_read_off_the_source_are_those_of_the_class(method: str) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_called_mergeable_where_it_merges_on_some_model(method: str) -> None:
-    assert traits(method).mergeable == any(merges(method, model) for model in ("llama", "bert"))
+    assert traits_of(method).mergeable == any(merges(method, model) for model in ("llama", "bert"))
 
 
 def merges(method: str, model: str) -> bool:

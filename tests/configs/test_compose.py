@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from peftcli import cards, config, hydra_words
+from peftcli import cards, config, folders, hydra_words
 from peftcli.errors import ConfigError, DataError
 from peftcli.methods.full import Full
 from peftcli.methods.lora import LoRA
@@ -17,19 +17,19 @@ from peftcli.suggest import ALIASES
 GIVEN = ["dataset.path=x", "model.name_or_path=x"]  # what some files leave to the user
 
 
-@pytest.mark.parametrize("recipe", sorted(cards.recipes()))
+@pytest.mark.parametrize("recipe", sorted(folders.recipes()))
 def test_every_recipe_is_a_checked_run_of_its_name(recipe: str) -> None:
     run = config.typed(config.compose([f"+recipe={recipe}", *GIVEN]))
     assert run.name == recipe
     assert run.run_dir.startswith(f"outputs/{recipe}/")
-    header = cards.recipes()[recipe].read_text(encoding="utf-8").splitlines()
+    header = folders.recipes()[recipe].read_text(encoding="utf-8").splitlines()
     assert header[0] == "# @package _global_"
     assert any(line.startswith(f"#   peft-train +recipe={recipe}") for line in header)
 
 
 @pytest.mark.parametrize("group", cards.GROUPS)
 def test_every_choice_of_a_group_composes(group: str) -> None:
-    for choice in cards.choices(group):
+    for choice in folders.choices(group):
         cfg = config.compose([f"{group}={choice}", *GIVEN])
         assert getattr(config.typed(cfg), group) is not None
 

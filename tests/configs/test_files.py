@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from peftcli import cards, settings
+from peftcli import cards, folders, settings
 
-FOLDER = cards.built_in("configs")
+FOLDER = folders.built_in("configs")
 FILES = sorted(p for group in cards.GROUPS for p in (FOLDER / group).glob("*.yaml"))
 # What a file is about: the keys that differ from the dataclass's defaults.
 DIFFERS = {
@@ -96,7 +96,7 @@ def test_the_primary_file_holds_every_key_outside_of_groups_and_a_choice_of_ever
     chosen = cards.defaults()
     assert [group for group in chosen if group in cards.GROUPS] == list(cards.GROUPS)
     for group in cards.GROUPS:
-        assert chosen[group] in cards.choices(group)
+        assert chosen[group] in folders.choices(group)
 
 
 def test_groups_are_the_fields_of_a_run() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftcli.kernels.lora_linear import lora_linear, lora_linear_ref
+from peftcli.kernels.lora_linear import Branch, lora_linear, lora_linear_ref, lora_linears
 
 SHAPES = [((3,), 5, 7, 1), ((2, 9), 13, 4, 3), ((1, 1, 6), 8, 8, 8), ((17, 3), 1, 5, 2)]
 
@@ -35,6 +35,31 @@ def test_values_and_gradients_equal_the_reference(
     grads, wanted = (torch.autograd.grad(out, (x, A, B), dy) for out in (y, y_ref))
     for g, w in zip(grads, wanted, strict=True):
         torch.testing.assert_close(g, w, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_branches_together_are_the_branches_apart(count: int) -> None:
+    """Other widths and ranks, with and without biases; a branch that the loss leaves out, too."""
+    x, *_ = operands((3, 5), 7, 4, 2, torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    branches = []
+    for i, (d_out, r) in enumerate([(4, 2), (9, 1), (6, 5)][:count]):
+        sizes = [(d_out, 7), (d_out,), (r, 7), (d_out, r)]
+        W, b, A, B = (torch.randn(s, generator=draw, dtype=torch.float64) for s in sizes)
+        branch = Branch(W, b if i else None, A.requires_grad_(), B.requires_grad_(), 0.5 + i)
+        branches.append(branch)
+    together, apart = lora_linears(x, branches), [lora_linear_ref(x, *b) for b in branches]
+    for y, y_ref in zip(together, apart, strict=True):
+        torch.testing.assert_close(y, y_ref, atol=1e-12, rtol=1e-12)
+    inputs = [x, *(t for b in branches for t in (b.A, b.B))]
+    for used in (range(count), range(1)):
+        losses = [sum(ys[i].square().sum() for i in used) for ys in (together, apart)]
+        grads = [
+            torch.autograd.grad(loss, inputs, retain_graph=True, materialize_grads=True)
+            for loss in losses
+        ]
+        for g, w in zip(*grads, strict=True):
+            torch.testing.assert_close(g, w, atol=1e-11, rtol=1e-11)
 
 
 def test_gradients_pass_the_numerical_check() -> None:

@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import PreTrainedConfig
 
-from peftcli import cards
+from peftcli import cards, folders
 from peftcli.core.host import Host
 from peftcli.describe import by_role
 from peftcli.export import adapter
@@ -74,7 +74,7 @@ SIZES = {
 
 @cache
 def dimensions(model: str) -> PreTrainedConfig:
-    path = cards.choices("model")[model]
+    path = folders.choices("model")[model]
     values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
     return load.config_of(values["architecture"])
 

@@ -18,7 +18,9 @@ from peftcli.core.host import Host
 from peftcli.core.method import Step
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
-from peftcli.methods.hf_peft import PROMPTS, REFUSED, HFPeft, as_built
+from peftcli.methods.bridge.as_built import as_built
+from peftcli.methods.bridge.fields import PROMPTS, REFUSED
+from peftcli.methods.hf_peft import HFPeft
 from tests import tiny
 from tests.conftest import Cli
 from tests.train import conftest
