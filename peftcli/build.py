@@ -54,10 +54,16 @@ class Parts:
         return self.autocast or torch.float32
 
 
-def build(run: Run, *, with_data: bool = True) -> Parts:
+def build(run: Run, *, with_data: bool = True, dequantised: bool = False) -> Parts:
     """Load what `run` names, without its method: the base model on its device, the data, and how
-    rows are laid out.
+    rows are laid out. `dequantised`: weights as `run.quantization` rounds them, in plain linears.
     """
+    if run.quantization.name != "none" and not run.method.on_quantised:
+        raise ConfigError(
+            f"quantization={run.quantization.name}: {type(run.method).__name__} changes the base's "
+            "own weights, which cannot train in 4 or 8 bits. Use quantization=none; `peft-train "
+            "methods --quantisable` lists the methods that can."
+        )
     where = device.pick()
     torch.set_num_threads(run.trainer.num_threads or device.num_cores())
     autocast = _precision(run, where)
@@ -73,7 +79,15 @@ def build(run: Run, *, with_data: bool = True) -> Parts:
     dtype = _weights_dtype(run, autocast)
     with streams.stream(run.seed, "head"):  # a fresh head is drawn from the run's own seed
         loaded = load.load_model(
-            source, run.model, task, dtype=dtype, labels=_classes(task, data), tokenizer=tokenizer
+            source,
+            run.model,
+            task,
+            dtype=dtype,
+            labels=_classes(task, data),
+            tokenizer=tokenizer,
+            quantization=run.quantization,
+            compute_dtype=autocast or torch.float32,
+            dequantised=dequantised,
         )
     host = Host(cast(nn.Module, loaded.model).to(where), loaded.new_modules)
     if run.trainer.gradient_checkpointing:

@@ -271,11 +271,25 @@ def export(words: list[str]) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder"
     )
+    parser.add_argument(
+        "--onto",
+        choices=["dequantised", "original", "requantised"],
+        help="of a run on quantised weights: those that it was trained on (dequantised), the "
+        "original ones, or the merged ones quantised again",
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, folder = configuration(args)
     from peftcli import run
 
-    return run.export(settings, cfg, folder, to=args.to, output=args.output, as_json=args.json)
+    return run.export(
+        settings,
+        cfg,
+        folder,
+        to=args.to,
+        output=args.output,
+        onto=args.onto,
+        as_json=args.json,
+    )
 
 
 def run_parser(verb: str, purpose: str) -> Parser:

@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from peftcli.build import Parts
+from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
@@ -113,6 +114,16 @@ def _sites(host: Host) -> str:
     return ", ".join(f"{role} x{n}" for role, n in roles.items()) or "the base's own weights"
 
 
+def _storage(parts: Parts) -> str:
+    """How the frozen weights lie in memory."""
+    quantised = [m for m in parts.model.modules() if weights.is_quantised(m)]
+    other = str(weights.weight_of(parts.model.get_input_embeddings()).dtype)  # pyright: ignore
+    plain = other.removeprefix("torch.")
+    if not quantised:
+        return plain
+    return f"{parts.run.quantization.name} ({len(quantised)} linears), the rest {plain}"
+
+
 def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:
     run, host = parts.run, parts.host
     return {
@@ -124,6 +135,7 @@ def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:
         "trained": f"{trained:,} parameters, {trained / total:.2%}"
         + (f", with {', '.join(host.saved_modules)} whole" if host.saved_modules else ""),
         "by role": _shown(by_role(host)),
+        "stored in": _storage(parts),
         "device": device.describe(parts.device),
         "products in": str(parts.dtype).removeprefix("torch."),
     }

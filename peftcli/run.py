@@ -21,10 +21,12 @@ from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
 from peftcli.export import adapter, compare, publish
-from peftcli.models import load
+from peftcli.models import attention, load
+from peftcli.models.compiled import compile_blocks
+from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
 from peftcli.screen import LiveScreen, log_to, say
-from peftcli.settings import Run
+from peftcli.settings import Quantization, Run
 from peftcli.train import loggers, optim, streams
 from peftcli.train.folder import MetricsLog, RunFolder
 from peftcli.train.loop import Loop, Plan
@@ -52,6 +54,8 @@ def train(run: Run, cfg: DictConfig) -> int:
         except StopRequested as request:
             raise Stopped(f"stopped by {request} before training; nothing to save") from None
         adapt(parts)
+        if run.trainer.compile:
+            compile_blocks(parts.host)
         loop = make_loop(parts, cfg, folder, screen, stopper)
         describe.plan(parts, loop.plan)
         if start.checkpoint is not None:
@@ -183,10 +187,17 @@ def generate(
 
 
 def export(
-    run: Run, cfg: DictConfig, folder: Path | None, *, to: str, output: Path, as_json: bool = False
+    run: Run,
+    cfg: DictConfig,
+    folder: Path | None,
+    *,
+    to: str,
+    output: Path,
+    onto: str | None = None,
+    as_json: bool = False,
 ) -> int:
     """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs
-    compared.
+    compared. `onto` says which weights a run on quantised ones is merged into.
     """
     if folder is None:
         raise ConfigError(
@@ -194,16 +205,24 @@ def export(
         )
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output {output}: is not empty. Choose a new folder.")
+    is_quantised = run.quantization.name != "none"
+    if onto and (to != "merged" or not is_quantised):
+        raise ConfigError("--onto is for merging a run on quantised weights; leave it out.")
     exact = replace(
         run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False)
     )
     with out_of_memory():
-        parts = trained_parts(exact, folder, with_data=to == "merged")
         result: dict[str, Any] = {"to": to, "output": str(output)}
+        parts = trained_parts(exact, folder, with_data=to == "merged")
         if to == "adapter":
             publish.publish(parts, output, {})
+        elif is_quantised:
+            result |= {"onto": onto or "dequantised"}
+            result |= merge_quantised(parts, folder, output, onto or "dequantised")
         else:
-            result |= compare.merged_outputs(parts, lambda: publish.merge(parts, output))
+            before = compare.outputs(parts)
+            publish.merge(parts, output)
+            result |= compare.change(before, compare.outputs(parts))
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -211,9 +230,29 @@ def export(
     return 0
 
 
-def trained_parts(run: Run, folder: Path | None, *, with_data: bool = True) -> Parts:
+def merge_quantised(parts: Parts, folder: Path, output: Path, onto: str) -> dict[str, float]:
+    """Merge the adapter of a run on quantised weights into the `original` ones, into those that it
+    was trained on (`dequantised`), or quantise these again (`requantised`); returns the change of
+    the outputs against those of training.
+    """
+    before, run = compare.outputs(parts), parts.run
+    if onto == "original":
+        target = trained_parts(replace(run, quantization=Quantization()), folder)
+    else:
+        target = trained_parts(run, folder, dequantised=True)
+    publish.merge(target, output)
+    if onto == "requantised":
+        target.host = Host(requantised(output, run.quantization))
+        attention.use_packed_attention(target.model)
+        publish.save_model(target, output)
+    return compare.change(before, compare.outputs(target))
+
+
+def trained_parts(
+    run: Run, folder: Path | None, *, with_data: bool = True, dequantised: bool = False
+) -> Parts:
     """The parts of `run`, adapted by what `folder` has published; the base model alone without a
-    folder.
+    folder. `dequantised`: see `build`.
     """
     if folder is None:
         return build(run, with_data=with_data)
@@ -222,7 +261,7 @@ def trained_parts(run: Run, folder: Path | None, *, with_data: bool = True) -> P
         return build(
             replace(run, model=replace(run.model, name_or_path=str(published))), with_data=with_data
         )
-    parts = build(run, with_data=with_data)
+    parts = build(run, with_data=with_data, dequantised=dequantised)
     adapter.load(parts.host, published)
     return parts
 

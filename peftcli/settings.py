@@ -110,6 +110,7 @@ class Trainer:
     bf16: Literal["auto"] | bool = (
         "auto"  # auto: where the processor multiplies bfloat16 in hardware
     )
+    compile: bool = False  # blocks by torch.compile: a minute at first, faster steps after
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
     eval_steps: Positive | None = (
         None  # optimizer steps between evaluations; None: only before and after
@@ -150,9 +151,12 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Storage of frozen weights."""
+    """Storage of frozen weights. The adapters stay in float32."""
 
-    name: Literal["none"] = "none"
+    name: Literal["none", "nf4", "fp4", "int8"] = "none"
+    double_quant: bool = True  # 4 bits: the blocks' scales are quantised, too
+    threshold: Annotated[float, Ge(0.0)] = 6.0  # int8: larger inputs are multiplied in 16 bits
+    skip_modules: tuple[str, ...] = ()  # linears that stay in model.dtype
 
 
 @dataclass(frozen=True)

@@ -299,7 +299,7 @@ class Host:
 
     def num_parameters(self) -> tuple[int, int]:
         """(trained, all), tied tensors once."""
-        counts = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        counts = [(n, p.requires_grad) for p, n in weights.sizes(self.model).items()]
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     # -- state -------------------------------------------------------------------------------------

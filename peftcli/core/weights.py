@@ -127,6 +127,15 @@ def shape(module: nn.Module) -> tuple[int, int]:
     return first, math.prod(rest)
 
 
+def sizes(model: nn.Module) -> dict[nn.Parameter, int]:
+    """How many numbers each parameter holds; those in 4 bits are packed two in a byte."""
+    found = {p: p.numel() for p in model.parameters()}
+    for module in model.modules():
+        if is_quantised(module):
+            found[weight_of(module)] = math.prod(shape(module))
+    return found
+
+
 @torch.no_grad()
 def write(module: nn.Module, W: Tensor, b: Tensor | None) -> None:
     """Store the (O, I) matrix `W` and the bias `b` in the module; a module without a bias gains one

@@ -13,7 +13,7 @@ projection that is never stored as a matrix. The smallest d that reaches 90 % of
 measures how hard a task is for a model.
 
 What is kept is v, lambda and the seed: signs, permutation and normal numbers come from a hash of
-the seed and a tensor's name, whatever the order, process or device. They are held in memory, 9
+the seed and a tensor's name, whatever the order, process or device. They are held in memory, 8
 bytes a weight, since drawing them anew would cost more than the transforms. A fresh head trains as
 it is and is not counted. A group is a transformer block, and one for all that lies outside of them;
 the authors' code counts each tensor, and two more numbers, one of them dead. `grad_scale=official`
@@ -22,6 +22,7 @@ gives the gradient of v that this code's transforms give, smaller by 1/L_i for t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from peftcli.core import weights
 from peftcli.core.delta import Delta, NotMergeable
@@ -54,34 +56,54 @@ def power_of_two(n: int) -> int:
 
 
 class Fastfood(nn.Module):
-    """P v = (S G Pi S B v_pad)[:D] / sqrt(D sum(G^2)), (D,)."""
+    """P v = (S G Pi S B v_pad)[:D] / sqrt(D sum(G^2)), (D,), for v (d,).
 
-    def __init__(self, D: int, draw: torch.Generator) -> None:
+    Behind v there are zeros, so its transform repeats a short one, of the power of two from d on:
+    what Pi takes from it is looked up in that.
+    """
+
+    def __init__(self, D: int, d: int, draw: torch.Generator) -> None:
         super().__init__()
         L = power_of_two(D)
-        self.D = D
+        self.D, self.d = D, min(d, L)
         self.B: Tensor
-        self.order: Tensor
+        self.slots: Tensor
         self.G: Tensor
         signs = torch.randint(2, (L,), generator=draw, dtype=torch.int8) * 2 - 1
-        self.register_buffer("B", signs, persistent=False)  # (L,)
-        order = torch.randperm(L, generator=draw, dtype=torch.int32)
-        self.register_buffer("order", order, persistent=False)  # (L,), out[k] = in[order[k]]
+        order = torch.randperm(L, generator=draw, dtype=torch.int32)  # out[k] = in[order[k]]
+        self.register_buffer("B", signs[: self.d].clone(), persistent=False)  # (d,)
+        slots = order % min(power_of_two(self.d), L)
+        self.register_buffer("slots", slots, persistent=False)  # (L,)
         self.register_buffer("G", torch.randn(L, generator=draw), persistent=False)  # (L,)
+        self.norm = math.sqrt(D * self.G.double().square().sum().item())
 
     @property
     def gradient_shrinks(self) -> int:
         """By how much the authors' transforms make the gradient of v smaller: L."""
-        return len(self.B)
+        return len(self.G)
 
     def forward(self, v: Tensor) -> Tensor:
-        """P v. Behind v there are zeros, so that its transform repeats a short one."""
-        L = len(self.B)
-        v = v[:L]
-        short = min(power_of_two(len(v)), L)
-        h = walsh(F.pad(v * self.B[: len(v)], (0, short - len(v)))).repeat(L // short)
-        h = walsh(h[self.order] * self.G)
-        return h[: self.D] / (self.D * self.G.square().sum()).sqrt()
+        """P v."""
+        short = min(power_of_two(self.d), len(self.G))
+        h = walsh(F.pad(v[: self.d] * self.B, (0, short - self.d)))
+        return walsh(_Lookup.apply(h, self.slots) * self.G)[: self.D] / self.norm
+
+
+class _Lookup(torch.autograd.Function):
+    """table[slots], where many slots are the same: the gradient is a sum over each."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.length = len(table)
+        return table.index_select(0, slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (slots,) = ctx.saved_tensors
+        (g,) = grad_outputs
+        return g.new_zeros(ctx.length).index_add_(0, slots, g), None
 
 
 class Dense(nn.Module):
@@ -254,7 +276,7 @@ class IntrinsicDimension(Method):
 
     def _projection(self, name: str, D: int, d: int) -> nn.Module:
         draw = generator(self.seed, name)
-        return Fastfood(D, draw) if self.projection == "fastfood" else Dense(D, d, draw)
+        return Fastfood(D, d, draw) if self.projection == "fastfood" else Dense(D, d, draw)
 
     @torch.no_grad()
     def before_merge(self, host: Host, name: str) -> None:

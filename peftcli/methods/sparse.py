@@ -7,7 +7,6 @@ Memory for training is that of K numbers, and the change folds into W afterwards
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -79,14 +78,9 @@ def random_positions(site: Site, k: int) -> Tensor:
 
 
 def size_of_base(host: Host) -> int:
-    """Weights of the model without adapters; those in 4 bits are packed two in a byte."""
-    packed = {
-        m.weight: math.prod(weights.shape(m))
-        for m in host.model.modules()
-        if weights.is_quantised(m)
-    }
-    base = (p for n, p in host.model.named_parameters() if not is_own(n))
-    return sum(packed.get(p, p.numel()) for p in base)
+    """Weights of the model without adapters."""
+    sizes = weights.sizes(host.model)
+    return sum(sizes[p] for n, p in host.model.named_parameters() if not is_own(n))
 
 
 def budget_of(

@@ -38,10 +38,11 @@ from transformers import (
 
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.convert import folder_of
+from peftcli.models.quantise import dequantise, loading
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
 from peftcli.models.source import Source, tokenizer_folder
-from peftcli.settings import Format, Model, Task
+from peftcli.settings import Format, Model, Quantization, Task
 
 _AUTO: dict[Task, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -144,12 +145,18 @@ def load_model(
     dtype: torch.dtype,
     labels: tuple[str, ...] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization: Quantization | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+    dequantised: bool = False,
 ) -> Loaded:
     """The model of the source for the task, its weights in `dtype`, in evaluation mode.
 
     Args:
         labels: names of the classes, in the order of their ids; None keeps those of the files.
         tokenizer: the model pads with its padding token; loaded where it is not given.
+        quantization: how the linears of the blocks are stored.
+        compute_dtype: of products with weights in 4 bits.
+        dequantised: the weights as `quantization` rounds them, but stored in `dtype`.
 
     Raises:
         ConfigError: the architecture has no model for the task, or lacks the attention asked for.
@@ -158,6 +165,9 @@ def load_model(
     config = for_task(load_config(source, cfg), task, labels)
     cls = _class(task, config, cfg)
     attention = cfg.attn_implementation
+    stored = {}
+    if quantization and quantization.name != "none":
+        stored = loading(quantization, empty_model(config, task, labels), compute_dtype)
     try:
         with quiet():
             model, info = cls.from_pretrained(
@@ -170,12 +180,15 @@ def load_model(
                 trust_remote_code=cfg.trust_remote_code,
                 ignore_mismatched_sizes=True,  # judged below
                 output_loading_info=True,
+                **stored,
             )
     except (ValueError, ImportError) as error:
         reason = _first_sentence(error)
         if attention == "auto":
             raise DataError(f"{source.name} cannot be loaded: {reason}") from None
         raise ConfigError(f"model.attn_implementation={attention}: {reason} Or use auto.") from None
+    if stored and dequantised:
+        model = dequantise(model, dtype)
     new_modules = _new_modules(model, info, task, source)
     if task != "image_classification":
         _pad_alike(model, tokenizer or load_tokenizer(source, cfg))

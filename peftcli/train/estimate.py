@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.train import device
@@ -41,12 +42,12 @@ def estimate(
     pass.
     """
     trained = sum(p.numel() for p in host.trained().values())
-    weights = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    stored = sum(p.numel() * p.element_size() for p in host.model.parameters())
     active = _matrix_parameters(host.model)
     flops = (4 * active + 2 * trained) * step_tokens * (4 / 3 if checkpointing else 1)
     rate = device.flops_per_second(where, dtype)
     return Estimate(
-        weights=weights,
+        weights=stored,
         trained=trained * (4 + 8),
         activations=_activation_bytes(host.model, dtype, checkpointing) * row_tokens,
         checkpoint=trained * 12,
@@ -60,8 +61,9 @@ def estimate(
 def _matrix_parameters(model: nn.Module) -> int:
     """Weights that every token is multiplied by: matrices, without embedding tables."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    sizes = weights.sizes(model)
     return sum(
-        p.numel()
+        sizes[p]
         for n, p in model.named_parameters()
         if p.ndim == 2 and id(p) not in tables and not is_own(n)
     )

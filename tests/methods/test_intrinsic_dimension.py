@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ from peftcli.methods.intrinsic_dimension import (
 from tests import tiny
 
 
-def toy(D: int) -> Fastfood:
-    P = Fastfood(D, torch.Generator())
-    P.B = torch.tensor([1, -1, 1, 1], dtype=torch.int8)
-    P.order = torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+def toy(D: int, d: int) -> Fastfood:
+    P = Fastfood(D, d, torch.Generator())
+    P.B = torch.tensor([1, -1, 1, 1], dtype=torch.int8)[:d]
+    P.slots = torch.tensor([2, 0, 3, 1], dtype=torch.int32) % d
     P.G = torch.tensor([0.5, -1.0, 2.0, 1.0])
+    P.norm = math.sqrt(D * 6.25)
     return P
 
 
@@ -49,24 +51,24 @@ def moved(model: str, method: IntrinsicDimension, scale: float = 0.5) -> Host:
 
 def test_the_projection_is_the_worked_example() -> None:
     v = torch.tensor([1.0, 2.0])
-    torch.testing.assert_close(toy(4)(v), torch.tensor([1.9, 0.3, -1.7, -0.9]))
+    torch.testing.assert_close(toy(4, 2)(v), torch.tensor([1.9, 0.3, -1.7, -0.9]))
     three = torch.tensor([2.193931, 0.346410, -1.962991])
-    torch.testing.assert_close(toy(3)(v), three, atol=1e-6, rtol=0)
+    torch.testing.assert_close(toy(3, 2)(v), three, atol=1e-6, rtol=0)
 
 
 def test_columns_have_norm_one_and_are_not_orthogonal() -> None:
-    P = columns(toy(4), 4)
+    P = columns(toy(4, 4), 4)
     torch.testing.assert_close(P.norm(dim=0), torch.ones(4))
     assert (P[:, 0] @ P[:, 1]).item() == pytest.approx(0.6)
-    full = columns(Fastfood(64, torch.Generator().manual_seed(0)), 20)
+    full = columns(Fastfood(64, 20, torch.Generator().manual_seed(0)), 20)
     torch.testing.assert_close(full.norm(dim=0), torch.ones(20))
-    most = columns(Fastfood(5000, torch.Generator().manual_seed(0)), 20)
+    most = columns(Fastfood(5000, 20, torch.Generator().manual_seed(0)), 20)
     torch.testing.assert_close(most.norm(dim=0), torch.ones(20), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(("D", "d"), [(64, 5), (50, 64), (3, 9), (1, 2), (100, 17)])
 def test_autograd_is_the_transposed_dense_projection(D: int, d: int) -> None:
-    P = Fastfood(D, torch.Generator().manual_seed(1)).double()
+    P = Fastfood(D, d, torch.Generator().manual_seed(1)).double()
     dense = torch.stack([P(e) for e in torch.eye(d, dtype=torch.float64)], 1)
     v = torch.randn(d, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(P(v), dense @ v)
@@ -76,7 +78,7 @@ def test_autograd_is_the_transposed_dense_projection(D: int, d: int) -> None:
 
 
 def test_what_a_small_tensor_has_no_room_for_does_not_reach_it() -> None:
-    P, v = Fastfood(3, torch.Generator().manual_seed(1)), torch.randn(9, requires_grad=True)
+    P, v = Fastfood(3, 9, torch.Generator().manual_seed(1)), torch.randn(9, requires_grad=True)
     (grad,) = torch.autograd.grad(P(v).square().sum(), v)
     assert grad[:4].all()
     assert not grad[4:].any()
@@ -86,7 +88,7 @@ def test_what_a_small_tensor_has_no_room_for_does_not_reach_it() -> None:
 def test_the_official_gradient_is_smaller_by_the_padded_length() -> None:
     shared = Subspace(5, None)
     torch.nn.init.normal_(shared.v)
-    P = Fastfood(50, torch.Generator().manual_seed(1))
+    P = Fastfood(50, 5, torch.Generator().manual_seed(1))
     exact, official = (IntrinsicDelta(shared, {"w": 0}, {"w": P}, o) for o in (False, True))
     assert torch.equal(exact.update("w"), official.update("w"))
     grads = [

@@ -19,6 +19,7 @@ MODEL = {
     "lora_minilm": "bert",
     "full_minilm": "bert",
     "lora_t5": "t5",
+    "qlora_llama": "llama",
     "tfew_t5": "t5",
     "lora_gpt2": "gpt2",
     "lora_vit": "vit",

@@ -1,0 +1,93 @@
+"""Frozen linears in 4 or 8 bits, by bitsandbytes through transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from peftcli.errors import ConfigError
+from peftcli.models.quiet import quiet
+from peftcli.models.roles import layout
+from peftcli.settings import Quantization
+
+
+def loading(
+    quantization: Quantization, empty: PreTrainedModel, compute_dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, for the model that `empty` is without weights; none without
+    quantisation. What lies outside of the blocks - embeddings, heads, which may be new - stays.
+
+    Raises `ConfigError` where bitsandbytes is missing, or `skip_modules` matches nothing.
+    """
+    if quantization.name == "none":
+        return {}
+    for package in ("bitsandbytes", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"quantization={quantization.name} needs {package}: "
+                "pip install 'peftcli[bitsandbytes]'"
+            )
+    from transformers import BitsAndBytesConfig
+
+    common = {"llm_int8_skip_modules": _skipped(quantization, empty)}
+    if quantization.name == "int8":
+        config = BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=quantization.threshold, **common
+        )
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.name,
+            bnb_4bit_use_double_quant=quantization.double_quant,
+            bnb_4bit_compute_dtype=compute_dtype,
+            **common,
+        )
+    return {"quantization_config": config}
+
+
+def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with plain linears that hold what their bits mean, in `dtype`."""
+    with quiet():
+        model = cast(Any, model).dequantize().to(dtype)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def requantised(folder: Path, quantization: Quantization) -> PreTrainedModel:
+    """A plain saved model read back in 4 or 8 bits."""
+    config = AutoConfig.from_pretrained(folder)
+    cls = getattr(transformers, config.architectures[0])
+    with torch.device("meta"), quiet():
+        empty = cls(config)
+    stored = loading(quantization, empty, torch.float32)
+    with quiet():
+        return cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **stored)
+
+
+def _skipped(quantization: Quantization, empty: PreTrainedModel) -> list[str]:
+    """Paths of the linears that stay as they are."""
+    where = layout(empty)
+    linears = [path for path, module in empty.named_modules() if isinstance(module, nn.Linear)]
+    for given in quantization.skip_modules:
+        if not any(_within(path, given) for path in linears):
+            raise ConfigError(
+                f"quantization.skip_modules: no linear of {type(empty).__name__} is or lies in "
+                f"{given!r}."
+            )
+    return [
+        path
+        for path in linears
+        if where.block_of(path) is None or any(_within(path, g) for g in quantization.skip_modules)
+    ]
+
+
+def _within(path: str, name: str) -> bool:
+    """Whether the path is, or lies in, a module with this path or last names."""
+    return f".{name}." in f".{path}."

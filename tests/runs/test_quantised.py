@@ -1,0 +1,98 @@
+"""Runs on a base in 4 or 8 bits: what is stored how, what trains, what merging changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peftcli.core import weights
+from peftcli.models.load import Loaded, load_model
+from peftcli.models.source import resolve
+from peftcli.settings import Model, Quantization
+from tests.conftest import Cli
+
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+
+
+def loaded(models: Path, name: str, task: str, **options: object) -> Loaded:
+    cfg = Model(str(models / name))
+    source = resolve(cfg, models)
+    labels = ("no", "yes") if task == "classification" else None
+    quantization = Quantization(**options)
+    return load_model(
+        source, cfg, task, dtype=torch.float32, labels=labels, quantization=quantization
+    )
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_the_linears_of_the_blocks_are_stored_in_few_bits(kind: str, models: Path) -> None:
+    model = loaded(models, "llama", "causal_lm", name=kind, skip_modules=("k_proj",)).model
+    stored = {path: weights.bits(m) for path, m in model.named_modules() if hasattr(m, "weight")}
+    assert stored["model.layers.0.self_attn.q_proj"] == BITS[kind]
+    assert stored["model.layers.2.mlp.down_proj"] == BITS[kind]
+    assert stored["model.layers.0.self_attn.k_proj"] is None
+    assert stored["lm_head"] is None
+    assert stored["model.embed_tokens"] is None
+    plain = loaded(models, "llama", "causal_lm").model
+    sizes = [sum(weights.sizes(m).values()) for m in (model, plain)]
+    assert sizes[0] == sizes[1]
+    assert model.get_memory_footprint() < plain.get_memory_footprint()
+
+
+def test_a_new_head_is_not_quantised(models: Path) -> None:
+    found = loaded(models, "bert", "classification", name="nf4")
+    assert found.new_modules
+    for path in found.new_modules:
+        module = found.model.get_submodule(path)
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_a_run_on_few_bits_learns_resumes_and_publishes(
+    kind: str, cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    words = [*tiny_run, f"quantization={kind}", "optimizer.lr=1e-2"]
+    shown = cli(*words, "run_dir=whole").stderr
+    assert kind in shown
+    records = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert losses[-1] < losses[0]
+    cli(*words, "trainer.save_steps=3", "run_dir=parts")
+    for name in ("adapter", "result.json"):
+        assert (tmp_path / "parts" / name).exists()
+    again = json.loads(cli("eval", "whole", "--json").stdout)["metrics"]
+    after = json.loads((tmp_path / "whole" / "result.json").read_text())["train_info"]["metrics"]
+    assert again["loss"] == pytest.approx(after["after"]["loss"], abs=1e-5)
+
+
+def test_merging_says_onto_what_and_what_it_changed(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    cli(*tiny_run, "quantization=nf4", "optimizer.lr=1e-2", "run_dir=run")
+    change = {}
+    for onto in ("dequantised", "original", "requantised"):
+        words = ["export", "run", "--to", "merged", "--onto", onto, "--output", onto, "--json"]
+        change[onto] = json.loads(cli(*words).stdout)
+        assert change[onto]["onto"] == onto
+    assert change["dequantised"]["max_abs_difference"] < 1e-4
+    assert change["dequantised"]["same_prediction"] == 1.0
+    assert change["original"]["max_abs_difference"] > 1e-3
+    assert change["requantised"]["max_abs_difference"] > 1e-3
+    read = {o: AutoModelForCausalLM.from_pretrained(tmp_path / o) for o in change}
+    stored = {o: weights.bits(m.model.layers[0].mlp.up_proj) for o, m in read.items()}
+    assert stored == {"dequantised": None, "original": None, "requantised": 4}
+
+
+def test_what_cannot_be_is_said(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    full = cli(*tiny_run[:-2], "method=full", "quantization=nf4", "run_dir=x", code=2).stderr
+    assert "quantization=nf4" in full
+    assert "quantization=none" in full
+    skipped = [*tiny_run, "quantization=int8", "quantization.skip_modules=[k_prj]"]
+    assert "k_prj" in cli(*skipped, code=2).stderr
+    cli(*tiny_run, "run_dir=plain")
+    words = ["export", "plain", "--to", "merged", "--onto", "original", "--output", "y"]
+    assert "--onto" in cli(*words, code=2).stderr
