@@ -22,7 +22,6 @@ from peftcli.core.host import Host
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
 from peftcli.export import adapter, compare, publish
 from peftcli.models import attention, load
-from peftcli.models.compiled import compile_blocks
 from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
 from peftcli.screen import LiveScreen, log_to, say
@@ -54,8 +53,6 @@ def train(run: Run, cfg: DictConfig) -> int:
         except StopRequested as request:
             raise Stopped(f"stopped by {request} before training; nothing to save") from None
         adapt(parts)
-        if run.trainer.compile:
-            compile_blocks(parts.host)
         loop = make_loop(parts, cfg, folder, screen, stopper)
         describe.plan(parts, loop.plan)
         if start.checkpoint is not None:

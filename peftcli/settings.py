@@ -110,7 +110,6 @@ class Trainer:
     bf16: Literal["auto"] | bool = (
         "auto"  # auto: where the processor multiplies bfloat16 in hardware
     )
-    compile: bool = False  # blocks by torch.compile: a minute at first, faster steps after
     gradient_checkpointing: bool = False  # recompute activations: less memory, a third more time
     eval_steps: Positive | None = (
         None  # optimizer steps between evaluations; None: only before and after

@@ -29,6 +29,7 @@ from peftcli.core.layer import Layer
 from peftcli.core.rows import RowsDelta
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.kernels.lora_linear import lora_linear
 from peftcli.methods.lora import LoRADelta, LowRank
 from peftcli.methods.lora_init import INITS
 
@@ -84,15 +85,26 @@ class DoRADelta(MagnitudeDelta):
     def __init__(self, site: Site, lora: LoRADelta, detach_norm: bool) -> None:
         super().__init__(site, detach_norm)
         self.lora = lora  # A (R, I), B (O, R), zero at start
+        self.known: tuple[object, Tensor] | None = None  # of what W, and its ||W_i||^2
 
     def norm(self, W: Tensor) -> Tensor:
         """||V_i|| (O,) from three thin products, block by block for a grouped convolution."""
-        square = super().norm(W).square()
         G, s = self.lora.groups, self.lora.scale
         A, B = (M.view(G, -1, M.shape[1]) for M in (self.lora.A, self.lora.B))
         WA = W.to(A.dtype).view(G, -1, W.shape[1]) @ A.mT  # (G, O/G, R/G)
         cross = 2 * s * (WA * B).sum(-1) + s**2 * (B @ (A @ A.mT) * B).sum(-1)
-        return (square + cross.flatten()).clamp_min(1e-24).sqrt()
+        return (self.square(W) + cross.flatten()).clamp_min(1e-24).sqrt()
+
+    def square(self, W: Tensor) -> Tensor:
+        """||W_i||^2 (O,); of a frozen parameter it is kept until that changes."""
+        owner = W if W._base is None else W._base
+        frozen = isinstance(owner, nn.Parameter) and not owner.requires_grad
+        if not frozen or owner.is_inference() or torch.compiler.is_compiling():
+            return super().norm(W).square()
+        which = (owner.data_ptr(), owner._version, self.m.dtype)
+        if self.known is None or self.known[0] != which:
+            self.known = (which, super().norm(W).square())
+        return self.known[1]
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """diag(g) (W + s B A)."""
@@ -100,9 +112,12 @@ class DoRADelta(MagnitudeDelta):
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """y + (g - 1) W x' + g s B A x' with x' = drop(x), where y = W x + b saw all of x."""
+        p = self.lora.dropout if self.training and x.is_floating_point() else 0.0
+        if layer.is_plain:
+            return self._on_plain(x, layer, p)
         y, lora, W = layer(x), self.lora, layer.weight
-        if x.is_floating_point() and self.training and lora.dropout:
-            x = F.dropout(x, lora.dropout)
+        if p:
+            x = F.dropout(x, p)
             Wx = layer.linear(x.to(y.dtype), W.to(y.dtype))
         else:
             Wx = self.without_bias(y, layer)
@@ -110,6 +125,15 @@ class DoRADelta(MagnitudeDelta):
         x = x.to(y.dtype) if x.is_floating_point() else x
         h = layer.mix(layer.linear(x, lora.A.to(y.dtype)), lora.B.to(y.dtype))
         return y + self.along(g - 1, y) * Wx + self.along(g * lora.scale, y) * h
+
+    def _on_plain(self, x: Tensor, layer: Layer, p: float) -> Tensor:
+        """The same as g V x' + W (x - x') + b, V x' being one node."""
+        W, b, lora = layer.weight, layer.bias, self.lora
+        seen = F.dropout(x, p) if p else x
+        z = lora_linear(seen, W, None, lora.A, lora.B, lora.scale)
+        rest = layer.linear(x - seen, W, b) if p else b
+        g = self.gain(W).to(z.dtype)
+        return z * g if rest is None else torch.addcmul(rest.to(z.dtype), z, g)
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,11 @@ class LoRADelta(WeightDelta):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """W x + b + s B A drop(x); dropout acts on the branch alone, while training."""
         A, B = self.factors()
-        if layer.is_plain and not (self.training and self.dropout):
+        if layer.is_plain:
             if self.siblings and (y := self.siblings.output(x, self)) is not None:
                 return y
-            return lora_linear(x, layer.weight, layer.bias, A, B, self.scale)
+            p = self.dropout if self.training else 0.0
+            return lora_linear(x, layer.weight, layer.bias, A, B, self.scale, p)
         y = layer(x)
         if x.is_floating_point():
             x = F.dropout(x, self.dropout, self.training).to(y.dtype)
@@ -109,14 +110,13 @@ class LoRADelta(WeightDelta):
 
 
 def together(x: Tensor, members: Sequence[tuple[nn.Module, LoRADelta]]) -> tuple[Tensor, ...]:
-    """The outputs of linears that read the same `x`."""
-    return lora_linears(
-        x,
-        [
-            Branch(weights.dense(module), cast(Any, module).bias, *delta.factors(), delta.scale)
-            for module, delta in members
-        ],
-    )
+    """The outputs of linears that read the same `x`; all have the method's one dropout."""
+    branches = [
+        Branch(weights.dense(module), cast(Any, module).bias, *delta.factors(), delta.scale)
+        for module, delta in members
+    ]
+    _, first = members[0]
+    return lora_linears(x, branches, first.dropout if first.training else 0.0)
 
 
 @dataclass(frozen=True)

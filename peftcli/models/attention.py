@@ -61,7 +61,6 @@ def prefixes(module: nn.Module, key: Tensor) -> KeysValues | None:
     return keys.view(B, -1, G, D).transpose(1, 2), values.view(B, -1, G, D).transpose(1, 2)
 
 
-@torch.compiler.disable  # segments differ from batch to batch
 def packed_rows(
     module: nn.Module,
     query: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +36,8 @@ def loading(
             )
     from transformers import BitsAndBytesConfig
 
+    # one line for every product: that int8 multiplies in 16 bits is known
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     common = {"llm_int8_skip_modules": _skipped(quantization, empty)}
     if quantization.name == "int8":
         config = BitsAndBytesConfig(

@@ -21,6 +21,9 @@ DIFFERS = {
     "scheduler/constant": {"name"},
     "scheduler/constant_with_warmup": {"name", "warmup_ratio"},
     "scheduler/wsd": {"name", "warmup_ratio", "kwargs"},
+    "quantization/nf4": {"name"},
+    "quantization/fp4": {"name"},
+    "quantization/int8": {"name"},
     "logger/tensorboard": {"name"},
     "logger/wandb": {"name"},
 }

@@ -72,8 +72,22 @@ def test_together_equals_apart(model: str, computed: list[Siblings]) -> None:
     assert len(computed) == FAMILIES[model]
 
 
+def test_dropout_acts_on_each_alone_while_training(computed: list[Siblings]) -> None:
+    host = adapted("llama", dropout=0.5)
+    still = _run(host)
+    assert torch.equal(_run(host), still)
+    host.model.train()
+    torch.manual_seed(0)
+    assert not torch.allclose(_run(host), still)
+    assert len(computed) == 18
+
+
+def _run(host: Host) -> Tensor:
+    return host.model(**tiny.batch("llama")).logits.detach()
+
+
 def test_what_sits_on_one_of_them_takes_them_apart(computed: list[Siblings]) -> None:
-    """A second adapter on q alone, dropout, and a switched off adapter."""
+    """A second adapter on q alone, and a switched off adapter."""
     host = adapted("llama")
     host.add(LoRA(r=2, target_modules=("q",)), "other")
     host.model(**tiny.batch("llama"))
@@ -83,9 +97,6 @@ def test_what_sits_on_one_of_them_takes_them_apart(computed: list[Siblings]) -> 
     assert len(computed) == 9
     host.activate()
     host.model(**tiny.batch("llama"))
-    assert len(computed) == 9
-    wet = adapted("llama", dropout=0.5)
-    wet.model.train()(**tiny.batch("llama"))
     assert len(computed) == 9
 
 

@@ -62,6 +62,26 @@ def test_branches_together_are_the_branches_apart(count: int) -> None:
             torch.testing.assert_close(g, w, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_dropout_takes_numbers_of_its_own_from_each_branch(count: int) -> None:
+    """With A = 1, B = 1 and W = 0 the output is the dropped input, and so is the gradient."""
+    x = torch.rand(200, 6, dtype=torch.float64).add_(1).requires_grad_()
+    eye, zero = torch.eye(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
+    branches = [Branch(zero, None, eye.clone().requires_grad_(), eye, 1.0) for _ in range(count)]
+    torch.manual_seed(0)
+    ys = lora_linears(x, branches, 0.25)
+    kept = [y.detach() != 0 for y in ys]
+    for y, keep in zip(ys, kept, strict=True):
+        assert keep.double().mean().item() == pytest.approx(0.75, abs=0.04)
+        torch.testing.assert_close(y, x / 0.75 * keep)
+    assert count == 1 or not torch.equal(*kept)
+    inputs = [x, *(branch.A for branch in branches)]
+    dx, *dA = torch.autograd.grad(sum(y.sum() for y in ys), inputs)
+    torch.testing.assert_close(dx, sum(keep.double() for keep in kept) / 0.75)
+    for gradient, y in zip(dA, ys, strict=True):
+        torch.testing.assert_close(gradient, y.detach().sum(0).expand(6, 6))
+
+
 def test_gradients_pass_the_numerical_check() -> None:
     x, W, b, A, B = operands((2, 3), 5, 4, 2, torch.float64)
     assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, W, b, A, B, 1.3), (x, A, B))

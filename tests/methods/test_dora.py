@@ -50,6 +50,18 @@ def dense(delta: DoRADelta, W: Tensor, detach: bool = True) -> Tensor:
     return delta.m[:, None] * V / (norm.detach() if detach else norm)
 
 
+def test_a_changed_weight_has_new_norms() -> None:
+    """||W_i|| of a frozen weight is kept, and made anew when the weight is written."""
+    linear, x = nn.Linear(6, 5), torch.randn(3, 6, dtype=torch.float64)
+    layer, delta = moved(linear)
+    for factor in (1.0, 3.0):
+        with torch.no_grad():
+            linear.weight.mul_(factor)
+        expected = x @ dense(delta, linear.weight).T + linear.bias
+        for _ in range(2):
+            torch.testing.assert_close(delta(x, layer), expected)
+
+
 def test_the_worked_example() -> None:
     linear = nn.Linear(2, 2, bias=False)
     linear.weight.data = torch.tensor([[3.0, 4.0], [0.0, 2.0]])

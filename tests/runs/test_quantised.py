@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from peftcli.core import weights
 from peftcli.models.load import Loaded, load_model
 from peftcli.models.source import resolve
-from peftcli.settings import Model, Quantization
+from peftcli.settings import Model, Quantization, Task
 from tests.conftest import Cli
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
-def loaded(models: Path, name: str, task: str, **options: object) -> Loaded:
-    cfg = Model(str(models / name))
+def loaded(models: Path, folder: str, task: Task, **options: Any) -> Loaded:
+    cfg = Model(str(models / folder))
     source = resolve(cfg, models)
     labels = ("no", "yes") if task == "classification" else None
     quantization = Quantization(**options)
@@ -30,7 +31,7 @@ def loaded(models: Path, name: str, task: str, **options: object) -> Loaded:
 
 @pytest.mark.parametrize("kind", BITS)
 def test_the_linears_of_the_blocks_are_stored_in_few_bits(kind: str, models: Path) -> None:
-    model = loaded(models, "llama", "causal_lm", name=kind, skip_modules=("k_proj",)).model
+    model: Any = loaded(models, "llama", "causal_lm", name=kind, skip_modules=("k_proj",)).model
     stored = {path: weights.bits(m) for path, m in model.named_modules() if hasattr(m, "weight")}
     assert stored["model.layers.0.self_attn.q_proj"] == BITS[kind]
     assert stored["model.layers.2.mlp.down_proj"] == BITS[kind]
@@ -58,7 +59,8 @@ def test_a_run_on_few_bits_learns_resumes_and_publishes(
     words = [*tiny_run, f"quantization={kind}", "optimizer.lr=1e-2"]
     shown = cli(*words, "run_dir=whole").stderr
     assert kind in shown
-    records = [json.loads(line) for line in open(tmp_path / "whole" / "metrics.jsonl")]
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     losses = [r["loss"] for r in records if "loss" in r]
     assert losses[-1] < losses[0]
     cli(*words, "trainer.save_steps=3", "run_dir=parts")
