@@ -117,11 +117,15 @@ def _sites(host: Host) -> str:
 def _storage(parts: Parts) -> str:
     """How the frozen weights lie in memory."""
     quantised = [m for m in parts.model.modules() if weights.is_quantised(m)]
-    other = str(weights.weight_of(parts.model.get_input_embeddings()).dtype)  # pyright: ignore
-    plain = other.removeprefix("torch.")
+    plain = Counter(
+        str(p.dtype).removeprefix("torch.")
+        for p in parts.model.parameters()
+        if p.is_floating_point() and not p.requires_grad
+    )
+    rest = " and ".join(plain) or "float32"
     if not quantised:
-        return plain
-    return f"{parts.run.quantization.name} ({len(quantised)} linears), the rest {plain}"
+        return rest
+    return f"{parts.run.quantization.name} ({len(quantised)} linears), the rest {rest}"
 
 
 def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _pass_on_shifts(model: nn.Module, found: Weights) -> None:
     if not shifts:
         return
     if cast(Any, model).main_input_name != "input_ids":
-        raise ConfigError(f"{next(iter(shifts))}: has no bias for its shift; {APART}")
+        raise ConfigError(f"{next(iter(shifts))}: has no bias, so a shift does not fold; {APART}")
     for path, linears in readers(model, list(shifts)).items():
         found[path] = (found[path][0], None)
         for linear in linears:
@@ -118,8 +118,8 @@ def readers(model: nn.Module, sources: Sequence[str]) -> dict[str, list[str]]:
     )
     if unread := [path for path in sources if not found[path]]:
         raise ConfigError(
-            f"{unread[0]}: a shift behind a norm without a bias folds into the linears that read "
-            f"it, and none does; {APART}"
+            f"{unread[0]}: a shift behind a norm without a bias, which no linear reads, does not "
+            f"fold; {APART}"
         )
     reading = [p for linears in found.values() for p in linears]
     again = _answer(

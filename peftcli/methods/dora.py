@@ -99,7 +99,7 @@ class DoRADelta(MagnitudeDelta):
         """||W_i||^2 (O,); of a frozen parameter it is kept until that changes."""
         owner = W if W._base is None else W._base
         frozen = isinstance(owner, nn.Parameter) and not owner.requires_grad
-        if not frozen or owner.is_inference() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not frozen or owner.is_inference():
             return super().norm(W).square()
         which = (owner.data_ptr(), owner._version, self.m.dtype)
         if self.known is None or self.known[0] != which:

@@ -82,7 +82,7 @@ def test_a_run_equals_adamw_told_by_hand(
     method = LISA(gamma=1, interval_steps=2, state=state)
     loop = make_loop(folder=tmp_path / "run", method=method, max_steps=8, lr=1e-3)
     states = []
-    step = loop._step
+    step = loop.step
 
     def watched(examples: list) -> None:
         before = {n: p.clone() for n, p in loop.host.model.named_parameters()}
@@ -95,7 +95,7 @@ def test_a_run_equals_adamw_told_by_hand(
         assert mine <= states[-1]
         assert (states[-1] == mine) or state == "keep"
 
-    loop._step = watched
+    loop.step = watched
     loop.fit()
     names = {id(p): n for n, p in loop.host.model.named_parameters()}
     steps = {names[id(p)]: int(s["step"]) for p, s in loop.optimizer.state.items() if s}

@@ -139,7 +139,7 @@ def test_a_norm_that_more_than_linears_read_keeps_its_shift() -> None:
     model.register_forward_hook(lambda m, args, out: (out[0] + states[-1].sum(-1, keepdim=True),))
     with pytest.raises(ConfigError, match=r"more than the linears.*lm_head"):
         readers(model, ["model.norm"])
-    with pytest.raises(ConfigError, match="and none does"):
+    with pytest.raises(ConfigError, match="which no linear reads"):
         readers(model, ["model.layers.0.mlp"])
 
 
