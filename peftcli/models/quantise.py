@@ -38,34 +38,30 @@ def loading(
 
     # one line for every product: that int8 multiplies in 16 bits is known
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    common = {"llm_int8_skip_modules": _skipped(quantization, empty)}
-    if quantization.name == "int8":
-        config = BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=quantization.threshold, **common
-        )
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantization.name,
-            bnb_4bit_use_double_quant=quantization.double_quant,
-            bnb_4bit_compute_dtype=compute_dtype,
-            **common,
-        )
+    config = BitsAndBytesConfig(
+        load_in_8bit=quantization.name == "int8",
+        load_in_4bit=quantization.name != "int8",
+        llm_int8_threshold=quantization.threshold,
+        llm_int8_skip_modules=_skipped(quantization, empty),
+        bnb_4bit_quant_type="nf4" if quantization.name == "int8" else quantization.name,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
     return {"quantization_config": config}
 
 
 def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model with plain linears that hold what their bits mean, in `dtype`."""
     with quiet():
-        model = cast(Any, model).dequantize().to(dtype)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model
+        plain: Any = cast(Any, model).dequantize().to(dtype)
+    if hasattr(plain.config, "quantization_config"):
+        del plain.config.quantization_config
+    return plain
 
 
 def requantised(folder: Path, quantization: Quantization) -> PreTrainedModel:
     """A plain saved model read back in 4 or 8 bits."""
-    config = AutoConfig.from_pretrained(folder)
+    config: Any = AutoConfig.from_pretrained(folder)
     cls = getattr(transformers, config.architectures[0])
     with torch.device("meta"), quiet():
         empty = cls(config)

@@ -102,7 +102,8 @@ def test_what_sits_on_one_of_them_takes_them_apart(computed: list[Siblings]) -> 
 
 def test_linears_that_are_called_with_different_inputs_part(computed: list[Siblings]) -> None:
     host = adapted("llama")
-    for layer in host.model.model.layers:
+    model: Any = host.model
+    for layer in model.model.layers:
         layer.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (args[0] + 1.0,))
     first = logits_and_gradients(host, "llama")
     assert sum(family.are_apart for family in families(host)) == 3
