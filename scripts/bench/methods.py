@@ -53,7 +53,11 @@ OWN_CENTRE = {
     "full": 1e-4,
     "hut": 1e-2,
     "intrinsic_dimension": 3e-2,
+    "mam": 1e-4,
+    "parallel_adapter": 1e-4,
+    "prefix_tuning": 1e-4,
     "prompt_tuning": 3e-2,
+    "qwha": 1e-4,
     "vera": 1e-2,
 }
 ROUNDS, TOGETHER = 9, 4  # steps a method, and methods that stand beside LoRA
