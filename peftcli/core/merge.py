@@ -92,9 +92,26 @@ def _pass_on_shifts(model: nn.Module, found: Weights) -> None:
 def readers(model: nn.Module, sources: Sequence[str]) -> dict[str, list[str]]:
     """For each source module the linears whose input is its output, or a view of it.
 
-    Raises `ConfigError` where none does, or something else too: the model answers otherwise
-    when a vector is added to the outputs, and subtracted again before the linears.
+    Raises `ConfigError` where none does, or something else too.
     """
+    found, answer = _watched(model, sources)
+    if unread := [path for path in sources if not found[path]]:
+        raise ConfigError(
+            f"{unread[0]}: a shift behind a norm without a bias, which no linear reads, does not "
+            f"fold; {APART}"
+        )
+    again = _shifted(model, sources, [p for linears in found.values() for p in linears])
+    tolerance = 5e-2 if answer.dtype == torch.bfloat16 else 1e-3
+    if (again - answer).abs().max() > tolerance * answer.abs().max():
+        raise ConfigError(
+            f"{sources[0]} and its like: their shifts reach more than the linears behind them "
+            f"({', '.join(found[sources[0]])}), so they do not fold into biases; {APART}"
+        )
+    return found
+
+
+def _watched(model: nn.Module, sources: Sequence[str]) -> tuple[dict[str, list[str]], Tensor]:
+    """The linears that read each source while the model answers, and the answer."""
     found: dict[str, list[str]] = {path: [] for path in sources}
     made_by: dict[int, str] = {}
     held: list[Tensor] = []  # so that no other tensor gets the memory of one of them
@@ -109,33 +126,18 @@ def readers(model: nn.Module, sources: Sequence[str]) -> dict[str, list[str]]:
 
     modules = dict(model.named_modules())
     linears = [p for p, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and not is_own(p)]
-    answer = _answer(
-        model,
-        [
-            *(modules[p].register_forward_hook(partial(produced, p)) for p in sources),
-            *(modules[p].register_forward_pre_hook(partial(consumed, p)) for p in linears),
-        ],
-    )
-    if unread := [path for path in sources if not found[path]]:
-        raise ConfigError(
-            f"{unread[0]}: a shift behind a norm without a bias, which no linear reads, does not "
-            f"fold; {APART}"
-        )
-    reading = [p for linears in found.values() for p in linears]
-    again = _answer(
-        model,
-        [
-            *(modules[p].register_forward_hook(_add) for p in sources),
-            *(modules[p].register_forward_pre_hook(_subtract) for p in reading),
-        ],
-    )
-    tolerance = 5e-2 if answer.dtype == torch.bfloat16 else 1e-3
-    if (again - answer).abs().max() > tolerance * answer.abs().max():
-        raise ConfigError(
-            f"{sources[0]} and its like: their shifts reach more than the linears behind them "
-            f"({', '.join(found[sources[0]])}), so they do not fold into biases; {APART}"
-        )
-    return found
+    hooks = [modules[p].register_forward_hook(partial(produced, p)) for p in sources]
+    hooks += [modules[p].register_forward_pre_hook(partial(consumed, p)) for p in linears]
+    return found, _answer(model, hooks)
+
+
+def _shifted(model: nn.Module, sources: Sequence[str], linears: Sequence[str]) -> Tensor:
+    """The answer when a vector is added to the sources' outputs, and taken off again before the
+    linears: the same, where nothing else reads the sources.
+    """
+    hooks = [model.get_submodule(p).register_forward_hook(_add) for p in sources]
+    hooks += [model.get_submodule(p).register_forward_pre_hook(_subtract) for p in linears]
+    return _answer(model, hooks)
 
 
 def _memory(x: Tensor) -> int:

@@ -33,7 +33,7 @@ class Totals:
         """Sums over the batches."""
         return cls(
             targets=sum(b.num_targets for b in batches),
-            wrong=sum(int(is_wrong(b).sum()) for b in batches),
+            wrong=sum(int(is_wrong(b).sum()) for b in batches if b.choices),
             questions=sum(len(b.choices) for b in batches),
         )
 
@@ -110,10 +110,9 @@ def tfew(logits: Tensor, batch: Batch, totals: Totals) -> Tensor:
 
 
 def is_wrong(batch: Batch) -> Tensor:
-    """(N,), which targets are tokens of a wrong answer choice."""
+    """(N,), which targets of a batch with answer choices are tokens of a wrong one."""
+    assert batch.owner is not None, "answer choices need owners"
     wrong = [b for c in batch.choices for i, b in enumerate(c.branches) if i != c.answer]
-    if batch.owner is None:
-        return torch.zeros(len(batch.targets), dtype=torch.bool)
     return torch.isin(batch.owner, torch.tensor(wrong, dtype=torch.int64).to(batch.owner.device))
 
 
