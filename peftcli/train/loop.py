@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -151,7 +151,7 @@ class Loop:
         )
 
     # -- one step ----------------------------------------------------------------------------------
-    def step(self, examples: list[Example]) -> float:
+    def step(self, examples: Sequence[Example]) -> float:
         """One optimizer step on these examples; returns its loss."""
         start = time.perf_counter()
         t = Step(
