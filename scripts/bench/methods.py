@@ -9,8 +9,9 @@ for the same number of steps. While the best rate is at an end of the grid, the 
 five rates at most. A run that is there already is not run again, so the command can be stopped and
 repeated. `--workers` shares the cores among methods.
 
-Steps: optimizer steps of each method and of LoRA in turn, each in a process of its own; the median
-of their ratios, and the most memory that a process held. Do not measure beside other work.
+Steps: optimizer steps of each method, of Hugging Face peft's same method at the same sizes where
+it has one, and of LoRA in turn, each in a process of its own; the medians of their ratios, and the
+most memory that a process held. Do not measure beside other work.
 
 `--recipe` is a recipe with LoRA; the other methods replace it with their own defaults.
 `--rates 1` skips the search and takes the middle rate, `--seeds` says which seeds are tested.
@@ -28,9 +29,14 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from race import Step, race, serve
+from race import Answer, Step, race, serve
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from peftcli.build import Parts
 
 TUNING = ("seed=100", "dataset.seed=100")
 GROWN = 5  # rates at most
@@ -60,7 +66,8 @@ OWN_CENTRE = {
     "qwha": 1e-4,
     "vera": 1e-2,
 }
-ROUNDS, TOGETHER = 9, 4  # steps a method, and methods that stand beside LoRA
+ROUNDS, TOGETHER = 9, 3  # steps a method, and methods that stand beside LoRA
+HF = "hf:"  # before the name of a method: Hugging Face peft's
 
 
 def methods() -> dict[str, str]:
@@ -130,42 +137,98 @@ def accuracy(result: dict[str, Any]) -> float:
 # -- steps -----------------------------------------------------------------------------------------
 def make_step(method: str, family: str, args: argparse.Namespace) -> Step:
     """An optimizer step of the method, over the same examples each time."""
-    from peftcli import config, run
-    from peftcli.build import adapt, build
+    from peftcli import run
     from peftcli.screen import LiveScreen
     from peftcli.train.folder import RunFolder
     from peftcli.train.signals import Stopper
 
-    folder = RunFolder(Path(tempfile.mkdtemp()) / "run")
-    folder.path.mkdir()
-    lr = rate(method, family, 0)
-    words = [f"+recipe={args.recipe}", f"method={method}", f"optimizer.lr={lr}", *args.set]
-    words += [f"trainer.num_threads={args.threads}", f"run_dir={folder.path}"]
-    cfg = config.compose(words)
-    parts = build(config.typed(cfg))
-    adapt(parts)
-    assert parts.data is not None
+    parts, cfg = adapted(method, family, args, [])
+    folder = RunFolder(Path(tempfile.mkdtemp()))
     loop = run.make_loop(parts, cfg, folder, LiveScreen(), Stopper())
     loop.log = loop.open_log(0)
+    assert parts.data is not None
     examples = [parts.data.train[i] for i in range(loop.plan.batch)]
     parts.model.train()
 
     return lambda: loop.step(examples)
 
 
+def make_hf_step(method: str, family: str, args: argparse.Namespace) -> Step:
+    """The step of peft's method, on the same examples, padded: its adapter is read from ours."""
+    import torch
+    from peft import PeftModel
+
+    from peftcli.build import build, training_collator
+    from peftcli.export import publish
+    from peftcli.train import objective
+
+    parts, _ = adapted(method, family, args, ["dataset.packing=false"])
+    parts.run.method.finish(parts.host)
+    folder = Path(tempfile.mkdtemp()) / "adapter"
+    publish.publish(parts, folder, {})
+    plain, trainer = build(parts.run), parts.run.trainer
+    assert plain.data is not None
+    model = PeftModel.from_pretrained(plain.model, folder, is_trainable=True).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    size, collate = trainer.per_device_train_batch_size, training_collator(plain)
+    rows = [plain.data.train[i] for i in range(size * trainer.gradient_accumulation_steps)]
+    batches = [collate(rows[i : i + size]).to(plain.device) for i in range(0, len(rows), size)]
+    totals = objective.Totals.of(batches)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch in batches:
+            part = objective.loss(plain.task, "cross_entropy", model, batch, totals, None)
+            part.backward()
+            loss += part.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def adapted(
+    method: str, family: str, args: argparse.Namespace, more: list[str]
+) -> tuple[Parts, DictConfig]:
+    """The parts of a run with the method on them, and its configuration."""
+    from peftcli import config
+    from peftcli.build import adapt, build
+
+    words = [f"+recipe={args.recipe}", f"method={method}", *args.set, *more]
+    words += [f"optimizer.lr={rate(method, family, 0)}", f"trainer.num_threads={args.threads}"]
+    cfg = config.compose([*words, f"run_dir={tempfile.mkdtemp()}"])
+    parts = build(config.typed(cfg))
+    adapt(parts)
+    return parts, cfg
+
+
 def race_all(chosen: dict[str, str], args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """For each method the ratio of its steps to LoRA's, and its memory and LoRA's (bytes)."""
+    """For each method its steps' time by LoRA's, and by peft's where it has the method, and its
+    memory (bytes).
+    """
     measured = {}
     names = [name for name in chosen if name != "lora"]
     for start in range(0, len(names), TOGETHER):
         group = ["lora", *names[start : start + TOGETHER]]
-        answers = race({name: command("--serve", name, args) for name in group}, ROUNDS)
+        racing = [*group, *(HF + name for name in group)]
+        answers = race({name: command("--serve", name, args) for name in racing}, ROUNDS)
         for name in group:
-            pairs = zip(answers[name], answers["lora"], strict=False)
-            if ratios := [mine["seconds"] / lora["seconds"] for mine, lora in pairs]:
-                peak = answers[name][-1]["peak"]
-                measured[name] = {"step": statistics.median(ratios), "peak": peak}
+            if answers[name]:
+                measured[name] = {
+                    "step": ratio(answers[name], answers["lora"]),
+                    "hf": ratio(answers[name], answers[HF + name]),
+                    "peak": answers[name][-1]["peak"],
+                }
     return measured
+
+
+def ratio(mine: list[Answer], theirs: list[Answer]) -> float | None:
+    """The median of the rounds' ratios; None where one of them failed."""
+    pairs = zip(mine, theirs, strict=False)
+    ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
+    return statistics.median(ratios) if ratios else None
 
 
 def command(verb: str, method: str, args: argparse.Namespace) -> list[str]:
@@ -194,7 +257,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
                 "lr": test[0]["run_info"]["train_config"]["optimizer"]["lr"],
                 "tried": len({p.name for p in folder.glob("tuning*")}),
                 "trained": test[0]["train_info"]["num_trainable_params"],
-                **measured.get(folder.name, {"step": None, "peak": None}),
+                **measured.get(folder.name, {"step": None, "hf": None, "peak": None}),
             }
         )
     return sorted(table, key=lambda row: -row["accuracy"])
@@ -203,16 +266,17 @@ def rows(out: Path) -> list[dict[str, Any]]:
 def markdown(table: list[dict[str, Any]]) -> str:
     """The table, best first."""
     lines = [
-        "| method | accuracy, % | rate | rates tried | trainable | step / LoRA's | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| method | accuracy, % | rate | rates tried | trainable | step / LoRA's | step / peft's | "
+        "peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in table:
         spread = "" if r["deviation"] is None else f" ± {100 * r['deviation']:.1f}"
-        step = "" if r["step"] is None else f"{r['step']:.2f}"
+        step, hf = ("" if r[k] is None else f"{r[k]:.2f}" for k in ("step", "hf"))
         peak = "" if r["peak"] is None else f"{r['peak'] / 2**20:,.0f} MiB"
         lines.append(
             f"| `{r['method']}` | {100 * r['accuracy']:.1f}{spread} | {r['lr']:.0e} | {r['tried']} "
-            f"| {r['trained']:,} | {step} | {peak} |"
+            f"| {r['trained']:,} | {step} | {hf} | {peak} |"
         )
     return "\n".join(lines)
 
@@ -238,7 +302,9 @@ def main() -> None:
     if args.run:
         return run_all(args.run, known[args.run], args)
     if args.serve:
-        return serve(lambda: make_step(args.serve, known[args.serve], args))
+        name = args.serve.removeprefix(HF)
+        make = make_hf_step if name != args.serve else make_step
+        return serve(lambda: make(name, known[name], args))
     if unknown := [name for name in args.methods if name not in known]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
     chosen = {name: known[name] for name in args.methods or known}
