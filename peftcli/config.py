@@ -237,15 +237,15 @@ class Check:
         own = {
             n: p
             for n, p in accepted.items()
-            if n not in ("params", "lr", "weight_decay", "args", "kwargs")
+            if n not in ("params", "lr", "head_lr", "weight_decay", "args", "kwargs")
         }
         if "lr" not in accepted or "weight_decay" not in accepted:
             raise ConfigError(
                 f"optimizer._target_={target}: takes no lr and weight_decay, which all runs set."
             )
-        unknown = [k for k in values if k not in (*own, "lr", "weight_decay")]
+        allowed = ["lr", "head_lr", "weight_decay", *own]
+        unknown = [k for k in values if k not in allowed]
         if unknown:
-            allowed = ["lr", "weight_decay", *own]
             raise ConfigError(
                 "\n".join(self._no_key(f"optimizer.{key}", allowed) for key in unknown)
             )

@@ -185,6 +185,7 @@ class Optimizer:
     cls: str  # dotted name under an allowed package, from the file's `_target_`
     lr: Annotated[float, Gt(0.0)]
     weight_decay: Annotated[float, Ge(0.0)] = 0.0
+    head_lr: Annotated[float, Gt(0.0)] | None = None  # of modules trained whole; None: `lr`
     kwargs: dict[str, Any] = field(default_factory=dict)  # the rest of the file's keys
 
 

@@ -74,7 +74,6 @@ class FourierFT(SpectralMethod):
     seed: Annotated[int, Ge(0)] = 777
     init_weights: bool = False
     n_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
-    head_lr: Annotated[float, Gt(0)] | None = None
     target_modules: str | tuple[str, ...] = ("q", "v")
 
     def build(self, site: Site) -> FourierFTDelta:
@@ -85,11 +84,6 @@ class FourierFT(SpectralMethod):
         if not self.init_weights:
             nn.init.normal_(delta.coefficients)
         return delta
-
-    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """`head_lr` is the rate of what trains beside the coefficients."""
-        *rest, coefficients = super().param_groups(host, lr, weight_decay)
-        return [{**group, "lr": self.head_lr or lr} for group in rest] + [coefficients]
 
     # -- Hugging Face peft -------------------------------------------------------------------------
     def hf_refuses(self, host: Host, name: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -33,6 +34,8 @@ def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> O
     }:
         kwargs["fused"] = True
     groups = method.param_groups(host, settings.lr, settings.weight_decay)
+    if settings.head_lr is not None:
+        groups = with_heads_apart(groups, host, settings.head_lr)
     if not groups:
         raise ConfigError("nothing trains: the method leaves no trainable parameter on this model.")
     host.optimizer = method.optimizer(groups)
@@ -44,6 +47,27 @@ def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> O
         raise ConfigError(f"optimizer: {name} refuses these options: {e}") from None
     host.optimizer = made
     return made
+
+
+def with_heads_apart(
+    groups: list[dict[str, Any]], host: Host, head_lr: float
+) -> list[dict[str, Any]]:
+    """The groups, with the parameters of modules that train whole in groups of their own, at
+    `head_lr`. Raises `ConfigError` where there is no such module.
+    """
+    modules = [host.model.get_submodule(path) for path in host.saved_modules]
+    heads = {p for module in modules for p in module.parameters()}
+    if not heads:
+        raise ConfigError(
+            f"optimizer.head_lr={head_lr}: no module trains whole: the model has no fresh "
+            "head, and method.modules_to_save is empty."
+        )
+    apart = []
+    for group in groups:
+        rest = [p for p in group["params"] if p not in heads]
+        mine = [p for p in group["params"] if p in heads]
+        apart += [{**group, "params": rest}, {**group, "params": mine, "lr": head_lr}]
+    return [group for group in apart if group["params"]]
 
 
 def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRScheduler:

@@ -86,9 +86,9 @@ def test_a_file_holds_its_dataclass_s_fields_in_order_with_their_defaults(path: 
 def test_an_optimizer_file_holds_arguments_of_its_class(path: Path) -> None:
     values = read(path)
     parameters = inspect.signature(target(values)).parameters
-    assert list(values)[:2] == ["lr", "weight_decay"]
+    assert list(values)[:3] == ["lr", "head_lr", "weight_decay"]
     assert values["weight_decay"] == 0.0
-    for name in list(values)[2:]:
+    for name in list(values)[3:]:
         if name != "momentum":  # SGD without momentum is nobody's baseline
             assert values[name] == plain(parameters[name].default), name
 

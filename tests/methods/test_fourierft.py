@@ -17,6 +17,8 @@ from peftcli.core.site import Site
 from peftcli.export import adapter
 from peftcli.methods.fourierft import FourierFT, FourierFTDelta
 from peftcli.models.load import empty_model
+from peftcli.settings import Optimizer
+from peftcli.train.optim import make_optimizer
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
@@ -98,8 +100,9 @@ def test_small_layers_train_all_entries_and_patterns_set_single_numbers() -> Non
 
 def test_heads_may_have_a_rate_of_their_own_and_coefficients_decay() -> None:
     host = Host(tiny.bert(), ["classifier"])
-    host.add(FourierFT(n=50, head_lr=6e-3))
-    *rest, mine = host.adapters["default"].param_groups(host, 0.05, 0.01)
+    host.add(FourierFT(n=50))
+    settings = Optimizer("torch.optim.AdamW", 0.05, 0.01, head_lr=6e-3)
+    *rest, mine = make_optimizer(settings, host.adapters["default"], host).param_groups
     assert {g["lr"] for g in rest} == {6e-3}
     assert (mine["lr"], mine["weight_decay"]) == (0.05, 0.01)
     assert {p for g in rest for p in g["params"]} == set(host.model.classifier.parameters())
