@@ -86,7 +86,7 @@ def _classification(num_classes: int) -> dict[str, Any]:
 
 def _classification_metrics(answers: list[tuple[int, int]]) -> dict[str, float]:
     predicted, right = torch.tensor(answers).T
-    streams = _classification(int(max(predicted.max(), right.max())) + 1)
+    streams = _classification(max(2, int(max(predicted.max(), right.max())) + 1))
     for stream in streams.values():
         stream.update(predicted, right)
     return {name: _number(stream) for name, stream in streams.items()}
