@@ -249,12 +249,14 @@ def rows(out: Path) -> list[dict[str, Any]]:
         if not test:
             continue
         values = [accuracy(r) for r in test]
+        rates = test[0]["run_info"]["train_config"]["optimizer"]
         table.append(
             {
                 "method": folder.name,
                 "accuracy": statistics.mean(values),
                 "deviation": statistics.stdev(values) if len(values) > 1 else None,
-                "lr": test[0]["run_info"]["train_config"]["optimizer"]["lr"],
+                "lr": rates["lr"],
+                "head_lr": rates.get("head_lr"),
                 "tried": len({p.name for p in folder.glob("tuning*")}),
                 "trained": test[0]["train_info"]["num_trainable_params"],
                 **measured.get(folder.name, {"step": None, "hf": None, "peak": None}),
@@ -273,10 +275,11 @@ def markdown(table: list[dict[str, Any]]) -> str:
     for r in table:
         spread = "" if r["deviation"] is None else f" ± {100 * r['deviation']:.1f}"
         step, hf = ("" if r[k] is None else f"{r[k]:.2f}" for k in ("step", "hf"))
+        head = "" if r["head_lr"] is None else f", head {r['head_lr']:.0e}"
         peak = "" if r["peak"] is None else f"{r['peak'] / 2**20:,.0f} MiB"
         lines.append(
-            f"| `{r['method']}` | {100 * r['accuracy']:.1f}{spread} | {r['lr']:.0e} | {r['tried']} "
-            f"| {r['trained']:,} | {step} | {hf} | {peak} |"
+            f"| `{r['method']}` | {100 * r['accuracy']:.1f}{spread} | {r['lr']:.0e}{head} "
+            f"| {r['tried']} | {r['trained']:,} | {step} | {hf} | {peak} |"
         )
     return "\n".join(lines)
 
