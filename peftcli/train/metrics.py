@@ -14,6 +14,7 @@ from peftcli.data.collate import Batch, Choice
 from peftcli.settings import Task
 
 BEST = {"causal_lm": "loss", "seq2seq": "loss", "regression": "pearson"}  # others: accuracy
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # every rank has all examples already
 LOWER_IS_BETTER = {"loss", "perplexity", "mse"}
 
 
@@ -82,7 +83,8 @@ def _streams(task: Task, num_classes: int | None) -> dict[str, Any]:
         return {}
     from torchmetrics import MeanSquaredError, PearsonCorrCoef, SpearmanCorrCoef
 
-    return {"mse": MeanSquaredError(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+    classes = {"mse": MeanSquaredError, "pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
+    return {name: cls(**ALONE) for name, cls in classes.items()}
 
 
 def _classification(num_classes: int) -> dict[str, Any]:
@@ -93,9 +95,9 @@ def _classification(num_classes: int) -> dict[str, Any]:
     )
 
     return {
-        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "f1": MulticlassF1Score(num_classes, average="macro"),
-        "mcc": MulticlassMatthewsCorrCoef(num_classes),
+        "accuracy": MulticlassAccuracy(num_classes, average="micro", **ALONE),
+        "f1": MulticlassF1Score(num_classes, average="macro", **ALONE),
+        "mcc": MulticlassMatthewsCorrCoef(num_classes, **ALONE),
     }
 
 
