@@ -164,7 +164,7 @@ def _preview(parts: Parts) -> Preview | None:
         parts.task,
         parts.data.train,
         training_collator(parts),
-        parts.run.trainer.per_device_train_batch_size,
+        parts.run.trainer.per_device_train_batch_size * parts.strategy.ranks.size,
         parts.run.seed,
         next(parts.model.parameters()).device,
         parts.autocast,

@@ -113,7 +113,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             settings = Trainer(**{"per_device_train_batch_size": 4, "max_steps": 12, **trainer})
             choosing = settings.loss == "tfew"
             collate = make_collator("causal_lm", packing=packing, scoring=choosing)
-            size = settings.per_device_train_batch_size
+            size = settings.per_device_train_batch_size * ranks.size
             cpu = torch.device("cpu")
             data = Preview(host.model, "causal_lm", examples, collate, size, seed, cpu, head=head)
             host.ranks = ranks
