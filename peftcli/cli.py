@@ -175,6 +175,10 @@ def train(words: list[str]) -> int:
         config.typed(cfg, args.config_dirs)
 
     if args.multirun:
+        if "RANK" in os.environ:
+            raise ConfigError(
+                "a sweep starts the processes of its runs itself: leave torchrun out."
+            )
         from peftcli.members import Members
 
         with Members() as members:
