@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,8 @@ from peftcli.core.host import Host
 from peftcli.data.collate import Collator, make_collator
 from peftcli.data.examples import Data, Examples
 from peftcli.data.prepare import prepare
+from peftcli.dist import strategies
+from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.models import attention, load
 from peftcli.models.head import direct_head
@@ -42,6 +44,7 @@ class Parts:
     packing: bool
     why_not_packed: str | None
     head: nn.Linear | None  # of a language model, where the loss can be taken in it
+    strategy: Single = field(default_factory=Single)
 
     @property
     def model(self) -> nn.Module:
@@ -54,9 +57,12 @@ class Parts:
         return self.autocast or torch.float32
 
 
-def build(run: Run, *, with_data: bool = True, dequantised: bool = False) -> Parts:
+def build(
+    run: Run, *, with_data: bool = True, dequantised: bool = False, sharding: bool = False
+) -> Parts:
     """Load what `run` names, without its method: the base model on its device, the data, and how
     rows are laid out. `dequantised`: weights as `run.quantization` rounds them, in plain linears.
+    `sharding`: the model stays in the memory of the CPU until it is cut up.
     """
     if run.quantization.name != "none" and not run.method.on_quantised:
         raise ConfigError(
@@ -64,8 +70,10 @@ def build(run: Run, *, with_data: bool = True, dequantised: bool = False) -> Par
             "own weights, which cannot train in 4 or 8 bits. Use quantization=none; `peft-train "
             "methods --quantisable` lists the methods that can."
         )
-    where = device.pick()
-    torch.set_num_threads(run.trainer.num_threads or device.num_cores())
+    strategies.refuse(run)
+    where = device.pick(strategies.local_rank())
+    cores = max(device.num_cores() // strategies.num_local_ranks(), 1)
+    torch.set_num_threads(run.trainer.num_threads or cores)
     autocast = _precision(run, where)
     source = resolve(run.model, cache_dir())
     config = load.load_config(source, run.model)
@@ -89,7 +97,8 @@ def build(run: Run, *, with_data: bool = True, dequantised: bool = False) -> Par
             compute_dtype=autocast or torch.float32,
             dequantised=dequantised,
         )
-    host = Host(cast(nn.Module, loaded.model).to(where), loaded.new_modules)
+    placed = torch.device("cpu") if sharding else where
+    host = Host(cast(nn.Module, loaded.model).to(placed), loaded.new_modules)
     if run.trainer.gradient_checkpointing:
         host.recompute_activations()
     packing, why_not = _choose_packing(run, task, host.model)
@@ -136,10 +145,14 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
 
 
 def adapt(parts: Parts) -> None:
-    """Set the run's method up on the model, drawing from the stream `init`."""
-    was_training = parts.model.training
+    """Set the run's method up on the model, drawing from the stream `init`; then spread it over the
+    ranks, all of which have set up the same.
+    """
+    was_training, host = parts.model.training, parts.host
+    host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
-        parts.host.add(parts.run.method, data=_preview(parts))
+        host.add(parts.run.method, data=_preview(parts))
+    parts.strategy.spread(host, parts.device)
     parts.model.train(was_training)
 
 
@@ -151,9 +164,9 @@ def _preview(parts: Parts) -> Preview | None:
         parts.task,
         parts.data.train,
         training_collator(parts),
-        parts.run.trainer.per_device_train_batch_size,
+        parts.run.trainer.per_device_train_batch_size * parts.strategy.ranks.size,
         parts.run.seed,
-        parts.device,
+        next(parts.model.parameters()).device,
         parts.autocast,
         parts.head,
         parts.tokenizer,
@@ -218,7 +231,15 @@ def evaluator(
             size = parts.run.trainer.per_device_eval_batch_size
             classes = len(labels) if labels else None
             values = evaluate(
-                parts.model, parts.task, held_out, held_out.lengths, collate, size, classes, tick
+                parts.model,
+                parts.task,
+                held_out,
+                held_out.lengths,
+                collate,
+                size,
+                classes,
+                tick,
+                parts.strategy.ranks,
             )
             if parts.run.trainer.generate_samples:
                 values |= _answers(parts, held_out, tick)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import signal
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftcli import __version__
+from peftcli.dist import causes
 from peftcli.errors import ConfigError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -59,7 +62,8 @@ TRAIN_HELP = """\
 
   +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
                       (its method and optimizer keys hold for its own choice of these)
-  group=choice        model method quantization dataset trainer optimizer scheduler strategy logger
+  group=choice        model method quantization dataset trainer optimizer scheduler strategy launch
+                      logger
   key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'
   ~key  ++key=value   take a key out; set one that may be new
 
@@ -97,16 +101,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
+        causes.record("stopped before training; nothing to save", Stopped.exit_code)
         return Stopped.exit_code
     except UserError as e:
         if shows_tracebacks():
             traceback.print_exc()
-        print_error(str(e))
-        return e.exit_code
+        return failed(str(e), e.exit_code)
     except Exception as e:
-        print_error(f"unexpected {type(e).__name__}: {e}\nThis is a mistake of peftcli; its trace:")
-        traceback.print_exc()
-        return 1
+        what = f"unexpected {type(e).__name__}: {e}\nThis is a mistake of peftcli; its trace:"
+        return failed(f"{what}\n{traceback.format_exc().rstrip()}", 1)
+
+
+def failed(text: str, code: int) -> int:
+    """Show why a command failed; one of a run's ranks leaves that to the launcher."""
+    if not causes.record(text, code):
+        print_error(text)
+    return code
 
 
 def dispatch(words: list[str]) -> int:
@@ -165,6 +175,10 @@ def train(words: list[str]) -> int:
         config.typed(cfg, args.config_dirs)
 
     if args.multirun:
+        if "RANK" in os.environ:
+            raise ConfigError(
+                "a sweep starts the processes of its runs itself: leave torchrun out."
+            )
         from peftcli.members import Members
 
         with Members() as members:
@@ -175,6 +189,13 @@ def train(words: list[str]) -> int:
         from peftcli import run
 
         return run.train(config.typed(cfg, args.config_dirs), cfg)
+
+    if (
+        os.environ.get("RANK", "0") != "0"
+    ):  # another launcher's: rank 0 alone writes what Hydra does
+        name = args.config_name or hydra_app.cards.ROOT
+        cfg = hydra_app.compose(args.overrides, args.config_dirs, name)
+        return task(cfg, Path(cfg.run_dir))
 
     return hydra_app.main(args, check, task)
 
@@ -196,6 +217,27 @@ def worker(words: list[str]) -> int:
     if len(words) != 1:
         raise ConfigError("peft-train worker RUN_DIR: one folder.")
     return resume(Path(words[0]), (), ())
+
+
+def rank(words: list[str]) -> int:
+    """One process of a run that our launcher started: train what the file says."""
+    if len(words) != 1:
+        raise ConfigError("peft-train rank CONFIG_FILE: one file.")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+    end_with_parent()
+    from omegaconf import OmegaConf
+
+    from peftcli import config, run
+
+    cfg = typing.cast("DictConfig", OmegaConf.load(words[0]))
+    return run.train(config.typed(cfg), cfg)
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM, after which a run saves and stops, when the launcher dies."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 # -- Verbs on a run folder or on a configuration ---------------------------------------------------
@@ -441,4 +483,5 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "explain": explain,
     "doctor": doctor,
     "worker": worker,
+    "rank": rank,
 }

@@ -15,6 +15,7 @@ from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
+from peftcli.dist.strategies import STRATEGIES
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
@@ -38,6 +39,7 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
     tokens = int(parts.data.train.lengths.sum())
     per_step = max(1, tokens * steps.batch // max(len(parts.data.train), 1))
     rows = run.trainer.per_device_train_batch_size * per_step // steps.batch
+    ranks = _num_ranks(run, steps)
     cost = estimate(
         parts.host,
         parts.device,
@@ -46,6 +48,8 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
         rows,
         steps.total,
         run.trainer.gradient_checkpointing,
+        ranks,
+        STRATEGIES[run.strategy.name].shards,
     )
     _refuse_too_large(parts, cost)
     blocks = {
@@ -57,6 +61,12 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
         for title, rows_ in blocks.items():
             facts(title, {k: _shown(v) for k, v in rows_.items()})
     return blocks
+
+
+def _num_ranks(run: Run, steps: Plan) -> int:
+    """Processes that share a step."""
+    each = run.trainer.per_device_train_batch_size * run.trainer.gradient_accumulation_steps
+    return steps.batch // each
 
 
 def count(run: Run, host: Host, task: Task, quiet: bool = False) -> dict[str, Any]:
@@ -201,7 +211,8 @@ def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
         f" {steps.steps_per_epoch} an epoch",
         "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
         f" {run.scheduler.name} schedule",
-        "memory": f"about {size(cost.memory)}: weights {size(cost.weights)},"
+        "processes": f"{_num_ranks(run, steps)}, strategy={run.strategy.name}",
+        "memory": f"about {size(cost.memory)} a process: weights {size(cost.weights)},"
         f" trained {size(cost.trained)},"
         f" activations {size(cost.activations)}; free "
         f"{size(device.available_memory(parts.device))}",

@@ -52,6 +52,14 @@ class Stopped(UserError):  # noqa: N818
     exit_code = 75
 
 
+class RankEnded(UserError):  # noqa: N818
+    """A rank of the run ended early, with the message and the exit code that it left."""
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     """The entries of `allowed` that look most like `given`, best first; empty where nothing is
     close.

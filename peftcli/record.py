@@ -38,6 +38,7 @@ def make_result(
     started: datetime,
     first_step: float | None,
     file_size: int,
+    first_hash: str,
 ) -> dict[str, Any]:
     """Everything about a finished run that a reader may ask for."""
     trained, total = parts.host.num_parameters()
@@ -81,6 +82,8 @@ def make_result(
             "dtype": str(parts.dtype).removeprefix("torch."),
             "sites": {s.name: s.role for sites in parts.host.sites.values() for s in sites},
             "matched": parts.host.matched["default"],
+            "state_before_sha256": first_hash,
+            "ranks": parts.strategy.ranks.size,
             "package_info": versions(),
             "system_info": {
                 "platform": platform.platform(),

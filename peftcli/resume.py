@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.screen import say
 from peftcli.settings import Run
@@ -19,8 +20,10 @@ FREE = (
     "name", "run_dir", "resume", "logger.", "trainer.eval_steps", "trainer.save_steps",
     "trainer.save_total_limit", "trainer.logging_steps", "trainer.num_threads",
     "trainer.per_device_eval_batch_size", "trainer.generate_samples", "trainer.metric_for_best",
-    "trainer.nonfinite_patience", "dataset.num_proc",
+    "trainer.nonfinite_patience", "dataset.num_proc", "strategy.", "launch.",
 )  # fmt: skip
+# What may differ as long as a step has the same examples in the same order.
+PORTIONS = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,16 @@ class Start:
 
     checkpoint: Path | None = None
     finished: bool = False
+
+    def shared(self, ranks: Ranks) -> Start:
+        """What rank 0 has found. Raises `DataError` where its checkpoint is not seen here."""
+        path, finished = ranks.exchange([str(self.checkpoint or ""), self.finished])[0]
+        if path and not Path(path).is_dir():
+            raise DataError(
+                f"rank {ranks.rank} does not see the checkpoint {path}: run_dir must lie where all "
+                "nodes can read it."
+            )
+        return Start(Path(path) if path else None, finished)
 
 
 def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
@@ -75,13 +88,18 @@ def _refuse_changes(before: Any, now: DictConfig, folder: RunFolder) -> None:
         flat(OmegaConf.to_container(before, resolve=True)),
         flat(OmegaConf.to_container(now, resolve=True)),
     )
-    changed = [
-        k
+    sizes = _portions(old), _portions(new)
+    free = (*FREE, *PORTIONS) if sizes[0] == sizes[1] else FREE
+    changed = {
+        k: (old.get(k), new.get(k))
         for k in sorted(old.keys() | new.keys())
-        if old.get(k) != new.get(k) and not k.startswith(FREE)
-    ]
+        if old.get(k) != new.get(k) and not k.startswith(free)
+    }
+    if sizes[0] != sizes[1] and not changed.keys() & set(PORTIONS):
+        changed["examples of all ranks (a step, a round)"] = sizes
     if changed:
-        listed = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:6])
+        said = [f"{k}: {there!r} there, {here!r} now" for k, (there, here) in changed.items()]
+        listed = "; ".join(said[:6])
         raise ConfigError(
             f"run_dir={folder.path} holds a run with another configuration "
             f"({listed}{'; ...' if len(changed) > 6 else ''}). Choose another run_dir; or "
@@ -89,6 +107,17 @@ def _refuse_changes(before: Any, now: DictConfig, folder: RunFolder) -> None:
             f"resume={folder.checkpoints}/step-NNNNNN, which goes on from there with the new "
             "values."
         )
+
+
+def _portions(config: dict[str, Any]) -> tuple[int, int]:
+    """(examples of a step, examples of a round where they go by length): what fixes the order of
+    the examples, by however many ranks.
+    """
+    ranks = 1
+    if config.get("strategy.name") not in (None, "single"):
+        ranks = config["launch.num_processes"] * config["launch.nnodes"]
+    each, times = (int(config[key]) for key in PORTIONS)
+    return each * times * ranks, each * ranks * bool(config["dataset.group_by_length"])
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

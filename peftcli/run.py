@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,53 +19,89 @@ from peftcli import config, describe, record, resume
 from peftcli.build import Parts, adapt, build, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
+from peftcli.dist import launch, strategies
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
 from peftcli.export import adapter, compare, publish
 from peftcli.models import attention, load
 from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
-from peftcli.screen import LiveScreen, log_to, say
+from peftcli.screen import LiveScreen, hidden_screen, log_to, say
 from peftcli.settings import Quantization, Run
-from peftcli.train import loggers, optim, streams
-from peftcli.train.folder import MetricsLog, RunFolder
-from peftcli.train.loop import Loop, Plan
+from peftcli.train import device, loggers, optim, streams
+from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
+from peftcli.train.loop import Loop, Plan, Progress
 from peftcli.train.signals import Stopper, StopRequested
 
 
 def train(run: Run, cfg: DictConfig) -> int:
     """Fine-tune, evaluate before and after, and leave the run folder; goes on where an earlier
-    start was stopped.
+    start was stopped. With a strategy of several ranks this starts them, or is one of them.
     """
-    started, screen, folder = datetime.now(UTC), LiveScreen(), RunFolder(Path(run.run_dir))
-    with Stopper() as stopper, folder.locked(), out_of_memory():
-        start = resume.where(run, cfg, folder)
-        config.save(cfg, folder.path)
-        log_to(folder.log)
-        if start.finished:
-            say(
-                f"{folder.path} holds this run, finished. To train again: another run_dir, or "
-                "resume=never."
-            )
+    if launch.starts_ranks(run):
+        launch.start(run, cfg)
+        return 0
+    started, is_main = datetime.now(UTC), strategies.rank_in_environment() == 0
+    cfg, folder = strategies.with_numbers(cfg), RunFolder(Path(run.run_dir))
+    screen = LiveScreen() if is_main else hidden_screen()
+    with Stopper(quiet=not is_main) as stopper, out_of_memory(), ExitStack() as held:
+        start = resume.Start()
+        if is_main:
+            held.enter_context(folder.locked())
+            start = begin(run, cfg, folder)
+        parts = None if start.finished else build(run, sharding=run.strategy.name == "fsdp")
+        strategy = held.enter_context(strategies.joined(run, cfg, device.current()))
+        start = start.shared(strategy.ranks)
+        stopper.ranks = strategy.ranks
+        if start.finished or parts is None:
             return 0
         try:
-            parts = build(run)
             stopper.poll()
         except StopRequested as request:
             raise Stopped(f"stopped by {request} before training; nothing to save") from None
+        parts.strategy = strategy
         adapt(parts)
         loop = make_loop(parts, cfg, folder, screen, stopper)
         describe.plan(parts, loop.plan)
+        first_hash = parts.host.digest()
         if start.checkpoint is not None:
             loop.restore(start.checkpoint)
             say(f"resuming after step {loop.progress.step} from {start.checkpoint}", "cyan")
         with screen.training(loop.plan.total, loop.progress.step):
             progress = loop.fit()
         run.method.finish(parts.host)
-        file_size = publish.publish(parts, folder.adapter, progress.last)
-        result = record.make_result(parts, cfg, progress, started, screen.first_step, file_size)
-        folder.write_result(result)
-        describe.results(parts, progress, folder, file_size)
+        if is_main:
+            numbers = (progress, started, screen.first_step, first_hash)
+            leave(parts, cfg, folder, *numbers)
     return 0
+
+
+def leave(
+    parts: Parts,
+    cfg: DictConfig,
+    folder: RunFolder,
+    progress: Progress,
+    started: datetime,
+    first_step: float | None,
+    first_hash: str,
+) -> None:
+    """What a finished run leaves: the adapter, its record, and words on the screen."""
+    file_size = publish.publish(parts, folder.adapter, progress.last)
+    result = record.make_result(parts, cfg, progress, started, first_step, file_size, first_hash)
+    folder.write_result(result)
+    describe.results(parts, progress, folder, file_size)
+
+
+def begin(run: Run, cfg: DictConfig, folder: RunFolder) -> resume.Start:
+    """Where the run starts; its configuration and its log in the folder."""
+    start = resume.where(run, cfg, folder)
+    config.save(cfg, folder.path)
+    log_to(folder.log)
+    if start.finished:
+        say(
+            f"{folder.path} holds this run, finished. To train again: another run_dir, or "
+            "resume=never."
+        )
+    return start
 
 
 def make_loop(
@@ -74,11 +110,14 @@ def make_loop(
     """The training of these parts, at its first step."""
     run, data = parts.run, parts.data
     assert data is not None
-    plan = Plan.of(run.trainer, len(data.train))
+    ranks = parts.strategy.ranks
+    plan = Plan.of(run.trainer, len(data.train), ranks.size)
     optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
     streams.seed_all(run.seed, "dropout")
 
-    def open_log(step: int) -> MetricsLog:
+    def open_log(step: int) -> Log:
+        if not ranks.is_main:
+            return NoLog()
         return MetricsLog(folder.metrics, step, loggers.make_sink(run, folder.path, cfg, step))
 
     return Loop(
@@ -102,6 +141,7 @@ def make_loop(
         evaluate=evaluator(parts, screen.counting, stopper.poll),
         publish_best=lambda values: publish.publish(parts, folder.best, values),
         group_by_length=run.dataset.group_by_length and not parts.packing,
+        strategy=parts.strategy,
     )
 
 
@@ -115,7 +155,8 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
         parts = build(run)
         adapt(parts)
         assert parts.data is not None
-        plan = Plan.of(run.trainer, len(parts.data.train))
+        strategies.STRATEGIES[run.strategy.name]().refuse(parts.host)
+        plan = Plan.of(run.trainer, len(parts.data.train), launch.num_ranks(run))
         optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
         optim.make_scheduler(run.scheduler, optimizer, plan.total)
         found = describe.plan(parts, plan, quiet=as_json)

@@ -101,6 +101,12 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def hidden_screen() -> LiveScreen:
+    """The screen of a process that shows nothing, from now on."""
+    console.quiet = True
+    return LiveScreen()
+
+
 class LiveScreen:
     """The loop's screen: a bar on a terminal, a line now and then elsewhere."""
 
@@ -116,7 +122,7 @@ class LiveScreen:
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[None]:
         """Show the training's progress inside the block."""
-        if not console.is_terminal:
+        if not console.is_terminal or console.quiet:
             yield
             return
         self.bar = Progress(
@@ -147,7 +153,7 @@ class LiveScreen:
         log.info("step %d/%d  %s", done, total, numbers)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, numbers=numbers)
-        elif time.monotonic() - self.last_line > 10 or done == total:
+        elif (time.monotonic() - self.last_line > 10 or done == total) and not console.quiet:
             self.last_line = time.monotonic()
             print(f"step {done}/{total}  {numbers}", file=sys.stderr, flush=True)
 
@@ -158,7 +164,7 @@ class LiveScreen:
             task = self.bar.add_task(what, total=total, numbers="")
             yield lambda n: self.bar.advance(task, n) if self.bar else None
             self.bar.remove_task(task)
-        elif console.is_terminal:
+        elif console.is_terminal and not console.quiet:
             columns = (
                 SpinnerColumn(),
                 TextColumn("{task.description}"),

@@ -162,7 +162,24 @@ class Quantization:
 class Strategy:
     """How the work is spread over processes."""
 
-    name: Literal["single"] = "single"
+    name: Literal["single", "ddp", "fsdp"] = "single"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Which processes a strategy other than `single` is started in, and how they find each other.
+
+    Under torchrun, accelerate or another launcher, which sets RANK and WORLD_SIZE, none is started.
+    """
+
+    num_processes: Literal["auto"] | Positive = (
+        "auto"  # on this node; auto: one a GPU, without GPUs one
+    )
+    nnodes: Positive = 1
+    node_rank: Annotated[int, Ge(0)] = 0  # of this node; node 0 holds the run folder
+    rdzv_endpoint: str | None = None  # HOST:PORT of node 0, for several nodes
+    rdzv_backend: Literal["static", "c10d"] = "static"
+    timeout: Annotated[float, Gt(0.0)] = 1800.0  # seconds that a rank waits for the others
 
 
 @dataclass(frozen=True)
@@ -205,4 +222,5 @@ class Run:
     optimizer: Optimizer
     scheduler: Scheduler
     strategy: Strategy
+    launch: Launch
     logger: Logger

@@ -4,6 +4,7 @@ and how all of it is frozen, merged, saved and loaded.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
 from peftcli.core.scores import Calibration
 from peftcli.core.site import Site, Sublayer, find_places, find_sites, find_sublayers
+from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.files import read_weight
 from peftcli.models.roles import layout
@@ -52,6 +54,7 @@ class Host:
         self.saved_modules: tuple[str, ...] = ()
         self.reset_requests: list[nn.Parameter] = []
         self.optimizer: Optimizer | None = None  # the run's, once it is made
+        self.ranks = Ranks()  # the processes that train it; scores are summed over them
         self._selected: set[str] = set()
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.building = ""
@@ -311,6 +314,18 @@ class Host:
         names |= self._selected
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {n: tensors[n].detach() for n in sorted(names) if n in tensors}
+
+    def digest(self) -> str:
+        """A hash of what no file of the base holds: the adapters' tensors, and modules that are
+        trained whole.
+        """
+        found, whole = hashlib.sha256(), tuple(f"{path}." for path in self.saved_modules)
+        for name, tensor in self.state().items():
+            if not (is_own(name) or name.startswith(whole)):
+                continue
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """What a file holds of one adapter: its part of `state()`, under names without `name`, and

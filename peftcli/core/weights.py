@@ -78,9 +78,12 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 def dense(module: nn.Module) -> Tensor:
     """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage
-    allows.
+    allows. Outside of a forward pass a weight that is cut up over ranks is gathered: there all of
+    them must ask for it.
     """
     weight: Any = weight_of(module)
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
     if is_quantised(module):
         return _dequantised(module, weight)
     if isinstance(module, Conv1D | nn.Embedding):

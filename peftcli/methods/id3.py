@@ -185,6 +185,7 @@ class ID3(Method):
         B, first = len(budget.values), int(budget.spent)
         n = min(self.num_unmasked(B, int(budget.step), t.total), B - first)
         grads = [delta.take_gradient() for _, delta in sites] if n else []
+        host.ranks.sum_(grads)
         grad = budget.values.grad
         assert grad is not None, "no target had a part in the loss"
         if not all(g.isfinite().all() for g in (grad, *grads)):

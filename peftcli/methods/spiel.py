@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcli.core.method import Method, Step
+from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.methods.sparse import SparseDelta, budget_of, random_positions
 
@@ -135,14 +136,15 @@ class SpIEL(Method):
         if self.growth == "ma" or not self.watches(t.index + 1):
             return
         for delta in self._deltas(host):
-            delta.watch = partial(_watch, host.optimizer_state(delta.values), delta)
+            state = host.optimizer_state(delta.values)
+            delta.watch = partial(_watch, state, delta, host.ranks)
 
     def after_backward(self, host: Host, t: Step) -> None:
         """Count what was watched as one sample."""
         for delta in self._deltas(host):
             delta.watch = None
             if self.growth == "ag":
-                _take_sample(host.optimizer_state(delta.values))
+                _take_sample(host.optimizer_state(delta.values), host.ranks)
 
     def after_step(self, host: Host, t: Step) -> None:
         """Choose anew where it is time to."""
@@ -160,15 +162,17 @@ class SpIEL(Method):
 
 
 # -- SpIEL-AG: candidates, samples, and the swap ---------------------------------------------------
-def _watch(state: dict[str, Any], delta: SparseDelta, grad_W: Tensor) -> None:
+def _watch(state: dict[str, Any], delta: SparseDelta, ranks: Ranks, grad_W: Tensor) -> None:
     """Add a micro-batch to the step's gradient at the candidates; the first of a phase names them:
-    the K largest entries.
+    the K largest entries, summed over the ranks.
     """
     flat = grad_W.detach().reshape(-1)
     if "candidates" not in state:
-        if not flat.isfinite().all():
+        whole = flat.clone() if ranks.size > 1 else flat
+        ranks.sum_([whole])
+        if not whole.isfinite().all():
             return
-        chosen = flat.abs().topk(len(delta.values)).indices.to(delta.indices.dtype)
+        chosen = whole.abs().topk(len(delta.values)).indices.to(delta.indices.dtype)
         state |= {"candidates": chosen, "samples": 0}
         state |= {"grad_sum": torch.zeros_like(delta.values, requires_grad=False)}
         state |= {"grad_square_sum": torch.zeros_like(state["grad_sum"])}
@@ -176,10 +180,13 @@ def _watch(state: dict[str, Any], delta: SparseDelta, grad_W: Tensor) -> None:
     state["grad"] = state["grad"] + grad if "grad" in state else grad
 
 
-def _take_sample(state: dict[str, Any]) -> None:
+def _take_sample(state: dict[str, Any], ranks: Ranks) -> None:
     """Add the step's gradient to the sums."""
     grad = state.pop("grad", None)
-    if grad is None or not grad.isfinite().all():
+    if grad is None:
+        return
+    ranks.sum_([grad])
+    if not grad.isfinite().all():
         return
     state["grad_sum"] += grad
     state["grad_square_sum"] += grad**2

@@ -9,9 +9,19 @@ import time
 import torch
 
 
-def pick() -> torch.device:
-    """The first CUDA device where there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def pick(index: int = 0) -> torch.device:
+    """The CUDA device of this number, which becomes the process's own; without any, the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def current() -> torch.device:
+    """The device of this process."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def multiplies_bf16(device: torch.device) -> bool:

@@ -37,12 +37,16 @@ def estimate(
     row_tokens: int,
     steps: int,
     checkpointing: bool,
+    ranks: int = 1,
+    shards: bool = False,
 ) -> Estimate:
-    """For `steps` optimizer steps of `step_tokens` tokens, `row_tokens` of them in one forward
-    pass.
+    """Of one of `ranks` processes, for `steps` optimizer steps of `step_tokens` tokens of all,
+    `row_tokens` of them in one forward pass of one. `shards`: frozen weights are cut up.
     """
     trained = sum(p.numel() for p in host.trained().values())
-    stored = sum(p.numel() * p.element_size() for p in host.model.parameters())
+    sizes = {p: p.numel() * p.element_size() for p in host.model.parameters()}
+    frozen = sum(size for p, size in sizes.items() if not p.requires_grad)
+    stored = sum(sizes.values()) - frozen + (frozen // ranks if shards else frozen)
     active = _matrix_parameters(host.model)
     flops = (4 * active + 2 * trained) * step_tokens * (4 / 3 if checkpointing else 1)
     rate = device.flops_per_second(where, dtype)
@@ -54,6 +58,7 @@ def estimate(
         seconds=steps
         * flops
         / rate
+        / ranks
         * 1.3,  # what is not a matrix product, measured at a quarter to a third
     )
 

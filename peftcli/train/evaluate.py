@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from peftcli.data.collate import Collator
+from peftcli.dist.ranks import Ranks
 from peftcli.settings import Task
 from peftcli.train import objective
-from peftcli.train.metrics import Metrics
+from peftcli.train.metrics import Metrics, Part
 
 
 class Indexed(Protocol):
@@ -28,7 +29,7 @@ class Indexed(Protocol):
 Tick = Callable[[int], None]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     task: Task,
@@ -38,24 +39,35 @@ def evaluate(
     batch_size: int,
     num_classes: int | None = None,
     tick: Tick = lambda n: None,
+    ranks: Ranks | None = None,
 ) -> dict[str, float]:
-    """Metrics over all examples, in batches of similar length; `tick` is told how many examples a
-    batch had.
+    """Metrics over all examples, in batches of similar length; `tick` is told how many examples
+    were seen.
 
     The model is in evaluation mode meanwhile, and in the mode it was in afterwards. Scores do not
-    depend on the batch size: padding is masked, and packed rows see only themselves.
+    depend on the batch size: padding is masked, and packed rows see only themselves. The `ranks`
+    take turns with the batches and put what they measured together in the batches' order, so that
+    all have the metrics of one process; one without a batch in the last turn repeats the last.
     """
+    ranks = ranks or Ranks()
     was_training, device = model.training, next(model.parameters()).device
     metrics = Metrics(task, num_classes)
     model.eval()
+    batches = list(_by_length(lengths, batch_size))
+    parts: list[Part] = []
     try:
-        for rows in _by_length(lengths, batch_size):
+        for first in range(0, len(batches), ranks.size):
+            rows = batches[min(first + ranks.rank, len(batches) - 1)]
             batch = collate([examples[i] for i in rows]).to(device)
             logits = objective.predict(model, batch)
-            metrics.update(batch, logits, objective.losses(task, logits, batch.targets))
-            tick(len(rows))
+            losses = objective.losses(task, logits, batch.targets)
+            parts.append(metrics.measure(batch, logits, losses))
+            tick(sum(map(len, batches[first : first + ranks.size])))
     finally:
         model.train(was_training)
+    turns = zip(*ranks.exchange(parts), strict=True)
+    for part in [part for turn in turns for part in turn][: len(batches)]:
+        metrics.add(part)
     return metrics.compute()
 
 
@@ -65,7 +77,7 @@ def _by_length(lengths: np.ndarray, batch_size: int) -> Iterator[list[int]]:
         yield order[start : start + batch_size]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def answer_freely(
     model: Any,
     tokenizer: Any,

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peftcli.errors import ConfigError, DataError
 from peftcli.train.loggers import Sink
@@ -82,6 +82,28 @@ def write_json(path: Path, value: Any) -> None:
     aside = path.with_name(f".{path.name}")
     aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     aside.replace(path)
+
+
+class Log(Protocol):
+    """Takes the records of a run."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """A record of a step."""
+        ...
+
+    def close(self) -> None:
+        """No more will come."""
+        ...
+
+
+class NoLog:
+    """Of the ranks that write nothing."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Rank 0 has written it."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class MetricsLog:

@@ -4,6 +4,9 @@ interruptions.
 The loss of a step is a mean over all its micro-batches (`objective`). Between two batches a signal
 may end the run, with a checkpoint that continues bit for bit. Numbers that are not finite never
 reach the weights.
+
+Among several ranks each takes its part of every round of micro-batches and all take the same step;
+rank 0 alone writes. What follows is the same for one process, which is all ranks at once.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,11 +27,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from peftcli.core.host import Host
 from peftcli.core.method import Method, Step
 from peftcli.data.collate import Batch, Collator, Example
+from peftcli.dist.ranks import Ranks
+from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.settings import Task, Trainer
 from peftcli.train import checkpoint, device, metrics, objective, optim, streams
 from peftcli.train.evaluate import Indexed
-from peftcli.train.folder import MetricsLog, RunFolder, write_json
+from peftcli.train.folder import Log, RunFolder, write_json
 from peftcli.train.signals import Stopper, StopRequested
 
 
@@ -71,9 +77,12 @@ class Plan:
     total: int
 
     @classmethod
-    def of(cls, settings: Trainer, num_examples: int) -> Plan:
-        """Steps are counted in optimizer steps; an epoch's last step takes what is left."""
-        batch = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    def of(cls, settings: Trainer, num_examples: int, ranks: int = 1) -> Plan:
+        """Steps are counted in optimizer steps of all `ranks` together; an epoch's last step takes
+        what is left.
+        """
+        each = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        batch = each * ranks
         per_epoch = math.ceil(num_examples / batch)
         total = settings.max_steps or math.ceil(settings.num_train_epochs * per_epoch)
         return cls(num_examples, batch, per_epoch, total)
@@ -82,6 +91,17 @@ class Plan:
         """The examples of a step, from the order of its epoch."""
         start = step % self.steps_per_epoch * self.batch
         return order[start : start + self.batch].tolist()
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part of a round of micro-batches. Where the round has fewer examples than there are
+    ranks, some compute an example of another rank, so that all go through the model alike; it
+    counts for nothing there.
+    """
+
+    batch: Batch
+    counts: bool
 
 
 @dataclass
@@ -99,7 +119,7 @@ class Loop:
     optimizer: Optimizer
     scheduler: LRScheduler
     folder: RunFolder
-    open_log: Callable[[int], MetricsLog]
+    open_log: Callable[[int], Log]
     screen: Screen
     stopper: Stopper
     autocast: torch.dtype | None
@@ -108,6 +128,7 @@ class Loop:
     publish_best: Callable[[dict[str, float]], Any]
     group_by_length: bool = False
     head: nn.Linear | None = None  # takes the loss itself: see `objective.loss_sum`
+    strategy: Single = field(default_factory=Single)
     progress: Progress = field(default_factory=Progress)
 
     def fit(self) -> Progress:
@@ -141,8 +162,10 @@ class Loop:
         """Continue from a verified checkpoint."""
         self.progress = Progress(**checkpoint.load(path, self._parts()))
 
-    def save(self) -> Any:
-        """Write a checkpoint of now."""
+    def save(self) -> Path:
+        """Write a checkpoint of now, on rank 0."""
+        if not self.ranks.is_main:
+            return self._checkpoint
         keep = {self.progress.best["step"]} if self.progress.best else set()
         limit = self.settings.save_total_limit
         progress = asdict(self.progress)
@@ -152,58 +175,72 @@ class Loop:
 
     # -- one step ----------------------------------------------------------------------------------
     def step(self, examples: Sequence[Example]) -> float:
-        """One optimizer step on these examples; returns its loss."""
+        """One optimizer step on these examples of all ranks; returns its loss."""
         start = time.perf_counter()
         t = Step(
             self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch
         )
-        size = self.settings.per_device_train_batch_size
-        batches = [self.collate(examples[i : i + size]) for i in range(0, len(examples), size)]
+        if self.ranks.rank:  # rank 0 goes on in the stream that is in its checkpoints
+            streams.seed_all(self.seed, f"dropout/{self.ranks.rank}/{t.index}")
+        shares = self._shares(examples)
+        mine = [share.batch for share in shares if share.counts]
+        totals = objective.Totals.of(mine).over(self.ranks)
         self.method.before_step(self.host, t)
-        loss = self._forward_backward(batches)
+        loss = self._forward_backward(shares, totals)
+        self.strategy.reduce(self.host)
         self.method.after_backward(self.host, t)
         norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
+        loss, tokens = self.ranks.totals(loss, sum(b.num_tokens for b in mine))
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.progress.nonfinite = 0
         else:
-            self._refuse(batches, loss, norm)
+            self._refuse(examples, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.method.after_step(self.host, t)
         self._reset_optimizer()
         self.progress.step += 1
-        tokens = sum(b.num_tokens for b in batches)
-        self.progress.tokens += tokens
+        self.progress.tokens += int(tokens)
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
-        self._record(batches, loss, norm, lr, tokens, seconds)
+        self._record(totals.targets, loss, norm, lr, int(tokens), seconds)
         return loss
 
-    def _forward_backward(self, batches: list[Batch]) -> float:
-        """Accumulate the gradients of the step's loss; returns the loss."""
+    def _shares(self, examples: Sequence[Example]) -> list[Share]:
+        """What this rank computes of a step's examples, round by round."""
+        size = self._round
+        rounds = [examples[i : i + size] for i in range(0, len(examples), size)]
+        parts = [(self.ranks.part(r), r) for r in rounds]
+        return [Share(self.collate(part or r[:1]), bool(part)) for part, r in parts]
+
+    def _forward_backward(self, shares: list[Share], totals: objective.Totals) -> float:
+        """Accumulate the gradients of this rank's part of the step's loss; returns that part."""
         where = next(self.host.model.parameters()).device
-        totals, kind = objective.Totals.of(batches), self.settings.loss
-        total = 0.0
-        for batch in batches:
+        kind, total = self.settings.loss, 0.0
+        for share in shares:
             with torch.autocast(where.type, self.autocast, enabled=self.autocast is not None):
-                there = batch.to(where)
+                there = share.batch.to(where)
                 loss = objective.loss(self.task, kind, self.host.model, there, totals, self.head)
+            if not share.counts:
+                loss = loss * 0.0
             loss.backward()
             total += loss.item()
         if (penalty := self.method.penalty(self.host)) is not None:
+            penalty = penalty / self.ranks.size  # the same on all ranks, whose losses are summed
             penalty.backward()
             total += penalty.item()
         return total
 
-    def _refuse(self, batches: list[Batch], loss: float, norm: float) -> None:
+    def _refuse(self, examples: Sequence[Example], loss: float, norm: float) -> None:
         """Leave the weights alone, write down which examples it was, and stop when it goes on."""
         self.progress.nonfinite += 1
         step = self.progress.step
-        ids = [i for b in batches for i in b.ids]
+        ids = [str(e["id"]) for e in examples]
         record = {"step": step, "loss": repr(loss), "grad_norm": repr(norm), "examples": ids}
-        write_json(self.folder.path / f"nonfinite-{step:06d}.json", record)
+        if self.ranks.is_main:
+            write_json(self.folder.path / f"nonfinite-{step:06d}.json", record)
         self.screen.note(f"step {step}: loss {loss}, gradient norm {norm}; the step was not taken")
         if self.progress.nonfinite >= self.settings.nonfinite_patience:
             raise NonFinite(
@@ -214,7 +251,7 @@ class Loop:
             )
 
     def _record(
-        self, batches: list[Batch], loss: float, norm: float, lr: float, tokens: int, seconds: float
+        self, targets: int, loss: float, norm: float, lr: float, tokens: int, seconds: float
     ) -> None:
         """One line of metrics; what depends on the clock or the machine stands under `wall`."""
         step, where = self.progress.step, next(self.host.model.parameters()).device
@@ -224,7 +261,7 @@ class Loop:
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,
-            "targets": sum(b.num_targets for b in batches),
+            "targets": targets,
             "tokens": tokens,
         }
         wall = {
@@ -268,7 +305,7 @@ class Loop:
         best = self.progress.best
         if not best or metrics.is_better(name, values[name], best["value"]):
             self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
-            if self.settings.eval_steps is not None:
+            if self.settings.eval_steps is not None and self.ranks.is_main:
                 self.publish_best(values)
 
     def _save_if_due(self) -> None:
@@ -282,15 +319,27 @@ class Loop:
             self.save()
 
     def _newer_than_saved(self) -> bool:
-        return not (
-            self.folder.checkpoints / f"step-{self.progress.step:06d}" / "manifest.json"
-        ).exists()
+        return not (self._checkpoint / "manifest.json").exists()
 
     # -- small pieces ------------------------------------------------------------------------------
     def _order(self, epoch: int) -> Tensor:
         lengths = self.lengths if self.group_by_length else None
-        size = self.settings.per_device_train_batch_size
-        return streams.order(len(self.examples), self.seed, epoch, lengths, size)
+        return streams.order(len(self.examples), self.seed, epoch, lengths, self._round)
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of this run."""
+        return self.strategy.ranks
+
+    @property
+    def _round(self) -> int:
+        """Examples that all ranks together compute at once."""
+        return self.settings.per_device_train_batch_size * self.ranks.size
+
+    @property
+    def _checkpoint(self) -> Path:
+        """Where the checkpoint of now is, or would be."""
+        return self.folder.checkpoints / f"step-{self.progress.step:06d}"
 
     def _parameters(self) -> list[torch.nn.Parameter]:
         return list(self.host.trained().values())

@@ -14,39 +14,48 @@ from peftcli.data.collate import Batch, Choice
 from peftcli.settings import Task
 
 BEST = {"causal_lm": "loss", "seq2seq": "loss", "regression": "pearson"}  # others: accuracy
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # every rank has all examples already
 LOWER_IS_BETTER = {"loss", "perplexity", "mse"}
 
 
+Part = dict[str, Any]  # what a batch adds to the metrics, in plain numbers
+
+
 class Metrics:
-    """Sums and streams for one task; `update` with each batch, `compute` at the end."""
+    """Sums and streams for one task: `measure` a batch, anywhere; `add` all parts in their order;
+    `compute` at the end.
+    """
 
     def __init__(self, task: Task, num_classes: int | None = None) -> None:
         self.task = task
         self.loss_sum, self.num_targets, self.num_examples = 0.0, 0, 0
         self.streams = _streams(task, num_classes)
-        self.right, self.chosen = 0, 0
         self.answers: list[tuple[int, int]] = []  # (predicted, right) of each answer choice
 
-    def update(self, batch: Batch, logits: Tensor, losses: Tensor) -> None:
-        """Add a batch: logits (N, V) or (B, ...) and the loss of each target (N,)."""
+    def measure(self, batch: Batch, logits: Tensor, losses: Tensor) -> Part:
+        """What a batch adds: logits (N, V) or (B, ...) and the loss of each target (N,)."""
         counted = losses if batch.counted is None else losses[batch.counted]
-        self.loss_sum += counted.double().sum().item()
-        self.num_targets += counted.numel()
-        self.num_examples += len(batch.ids)
-        for choice in batch.choices:
-            self._choose(choice, -losses, batch.owner)
+        part = {
+            "loss_sum": counted.double().sum().item(),
+            "num_targets": counted.numel(),
+            "num_examples": len(batch.ids),
+            "answers": [_choose(choice, -losses, batch.owner) for choice in batch.choices],
+        }
         if self.task in ("classification", "image_classification"):
-            for stream in self.streams.values():
-                stream.update(logits.argmax(-1).cpu(), batch.targets.cpu())
+            part |= {"said": logits.argmax(-1).tolist(), "right": batch.targets.tolist()}
         if self.task == "regression":
-            for stream in self.streams.values():
-                stream.update(logits.float().squeeze(-1).cpu(), batch.targets.cpu())
+            said = logits.float().squeeze(-1)
+            part |= {"said": said.tolist(), "right": batch.targets.tolist()}
+        return part
 
-    def _choose(self, choice: Choice, log_p: Tensor, owner: Tensor | None) -> None:
-        """The answer whose tokens have the largest log-probability in sum wins."""
-        assert owner is not None, "answer choices need owners"
-        scores = [log_p[owner == branch].sum().item() for branch in choice.branches]
-        self.answers.append((max(range(len(scores)), key=scores.__getitem__), choice.answer))
+    def add(self, part: Part) -> None:
+        """Take in what `measure` gave for a batch."""
+        self.loss_sum += part["loss_sum"]
+        self.num_targets += part["num_targets"]
+        self.num_examples += part["num_examples"]
+        self.answers += map(tuple, part["answers"])
+        for stream in self.streams.values():
+            stream.update(torch.tensor(part["said"]), torch.tensor(part["right"]))
 
     def compute(self) -> dict[str, float]:
         """All metrics by name. An undefined one (a correlation of constants) is left out."""
@@ -60,6 +69,13 @@ class Metrics:
         return {k: v for k, v in values.items() if math.isfinite(v) or k == "loss"}
 
 
+def _choose(choice: Choice, log_p: Tensor, owner: Tensor | None) -> tuple[int, int]:
+    """(chosen, right): the answer whose tokens have the largest log-probability in sum wins."""
+    assert owner is not None, "answer choices need owners"
+    scores = [log_p[owner == branch].sum().item() for branch in choice.branches]
+    return max(range(len(scores)), key=scores.__getitem__), choice.answer
+
+
 def _streams(task: Task, num_classes: int | None) -> dict[str, Any]:
     if task in ("classification", "image_classification"):
         return _classification(num_classes or 2)
@@ -67,7 +83,8 @@ def _streams(task: Task, num_classes: int | None) -> dict[str, Any]:
         return {}
     from torchmetrics import MeanSquaredError, PearsonCorrCoef, SpearmanCorrCoef
 
-    return {"mse": MeanSquaredError(), "pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()}
+    classes = {"mse": MeanSquaredError, "pearson": PearsonCorrCoef, "spearman": SpearmanCorrCoef}
+    return {name: cls(**ALONE) for name, cls in classes.items()}
 
 
 def _classification(num_classes: int) -> dict[str, Any]:
@@ -78,9 +95,9 @@ def _classification(num_classes: int) -> dict[str, Any]:
     )
 
     return {
-        "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-        "f1": MulticlassF1Score(num_classes, average="macro"),
-        "mcc": MulticlassMatthewsCorrCoef(num_classes),
+        "accuracy": MulticlassAccuracy(num_classes, average="micro", **ALONE),
+        "f1": MulticlassF1Score(num_classes, average="macro", **ALONE),
+        "mcc": MulticlassMatthewsCorrCoef(num_classes, **ALONE),
     }
 
 

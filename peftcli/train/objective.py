@@ -5,7 +5,7 @@ the whole step holds, so that batch 8 x 1 equals 1 x 8.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.data.collate import Batch
+from peftcli.dist.ranks import Ranks
 from peftcli.kernels.linear_cross_entropy import linear_cross_entropy
 from peftcli.models.head import answering
 from peftcli.settings import Loss, Task
@@ -36,6 +37,10 @@ class Totals:
             wrong=sum(int(is_wrong(b).sum()) for b in batches if b.choices),
             questions=sum(len(b.choices) for b in batches),
         )
+
+    def over(self, ranks: Ranks) -> Totals:
+        """Sums over the batches of all ranks."""
+        return Totals(*map(int, ranks.totals(*astuple(self))))
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:

@@ -17,7 +17,9 @@ from peftcli.train.evaluate import Indexed
 
 @dataclass
 class Preview:
-    """What methods see of the task before they start (`core.scores.Calibration`)."""
+    """What methods see of the task before they start (`core.scores.Calibration`). Of several ranks
+    each sees all that one process would, rounds of `batch_size` examples, so that all choose alike.
+    """
 
     model: nn.Module
     task: Task

@@ -9,6 +9,7 @@ import signal
 from types import FrameType
 from typing import Any
 
+from peftcli.dist.ranks import Ranks
 from peftcli.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -20,11 +21,13 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
 class Stopper:
     """Remembers the first signal; a second SIGINT ends the process at once, which harms nothing
-    that is on disk.
+    that is on disk. Among several ranks a signal to one of them stops all, at the same place.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         self.received: str | None = None
+        self.quiet = quiet
+        self.ranks = Ranks()
         self._held: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -43,11 +46,12 @@ class Stopper:
             os.write(2, b"\nstopped at once; the newest checkpoint is intact\n")
             os._exit(Stopped.exit_code)
         self.received = signal.Signals(number).name
-        os.write(
-            2, f"\n{self.received}: stopping after this batch (Ctrl-C again: at once)\n".encode()
-        )
+        if not self.quiet:
+            said = f"\n{self.received}: stopping after this batch (Ctrl-C again: at once)\n"
+            os.write(2, said.encode())
 
     def poll(self) -> None:
-        """Raise `StopRequested` where a signal has come."""
-        if self.received is not None:
-            raise StopRequested(self.received)
+        """Raise `StopRequested` where a signal has come to any rank; all ranks ask together."""
+        number = self.ranks.most(signal.Signals[self.received] if self.received else 0)
+        if number:
+            raise StopRequested(signal.Signals(number).name)

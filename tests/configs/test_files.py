@@ -24,6 +24,8 @@ DIFFERS = {
     "quantization/nf4": {"name"},
     "quantization/fp4": {"name"},
     "quantization/int8": {"name"},
+    "strategy/ddp": {"name"},
+    "strategy/fsdp": {"name"},
     "logger/tensorboard": {"name"},
     "logger/wandb": {"name"},
 }

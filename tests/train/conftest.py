@@ -15,6 +15,7 @@ import torch
 from peftcli.core.host import Host
 from peftcli.core.method import Method
 from peftcli.data.collate import Batch, Example, make_collator
+from peftcli.dist.strategies import Single
 from peftcli.errors import Stopped
 from peftcli.methods.lora import LoRA
 from peftcli.models.attention import use_packed_attention
@@ -22,7 +23,7 @@ from peftcli.models.head import direct_head
 from peftcli.settings import Optimizer, Scheduler, Trainer
 from peftcli.train import checkpoint, loggers, optim, streams
 from peftcli.train.evaluate import evaluate
-from peftcli.train.folder import MetricsLog, RunFolder
+from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
 from peftcli.train.loop import Loop, Plan
 from peftcli.train.preview import Preview
 from peftcli.train.signals import Stopper
@@ -98,9 +99,11 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             held_out: Examples | None = None,
             lr: float = 1e-2,
             method: Method | None = None,
+            strategy: Single | None = None,
             **trainer: Any,
         ) -> Loop:
-            examples = examples or chats(22)
+            examples, strategy = examples or chats(22), strategy or Single()
+            ranks = stopper.ranks = strategy.ranks
             host = Host(tiny.models()["llama"]())
             method = method or LoRA(r=2, dropout=dropout, target_modules="all-linear")
             packing = packing and not method.lays_tokens
@@ -110,17 +113,31 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             settings = Trainer(**{"per_device_train_batch_size": 4, "max_steps": 12, **trainer})
             choosing = settings.loss == "tfew"
             collate = make_collator("causal_lm", packing=packing, scoring=choosing)
-            size = settings.per_device_train_batch_size
+            size = settings.per_device_train_batch_size * ranks.size
             cpu = torch.device("cpu")
             data = Preview(host.model, "causal_lm", examples, collate, size, seed, cpu, head=head)
+            host.ranks = ranks
             with streams.stream(seed, "init"):
                 host.add(method, data=data)
-            plan = Plan.of(settings, len(examples))
+            strategy.spread(host, cpu)
+            plan = Plan.of(settings, len(examples), ranks.size)
             optimizer = optim.make_optimizer(Optimizer("torch.optim.AdamW", lr, 0.01), method, host)
             run_folder = RunFolder(folder or tmp_path / "run")
             run_folder.path.mkdir(parents=True, exist_ok=True)
             streams.seed_all(seed, "dropout")
             scoring = make_collator("causal_lm", packing=packing, scoring=True)
+
+            def open_log(step: int) -> Log:
+                if not ranks.is_main:
+                    return NoLog()
+                return MetricsLog(run_folder.metrics, step, loggers.Nothing())
+
+            def measure() -> dict[str, float]:
+                assert held_out is not None
+                return evaluate(
+                    host.model, "causal_lm", held_out, held_out.lengths, scoring, 3, ranks=ranks
+                )
+
             return Loop(
                 host=host,
                 method=method,
@@ -134,17 +151,14 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 optimizer=optimizer,
                 scheduler=optim.make_scheduler(Scheduler(), optimizer, plan.total),
                 folder=run_folder,
-                open_log=lambda step: MetricsLog(run_folder.metrics, step, loggers.Nothing()),
+                open_log=open_log,
                 screen=QuietScreen(),
                 stopper=stopper,
                 autocast=None,
                 seed=seed,
-                evaluate=None
-                if held_out is None
-                else lambda: evaluate(
-                    host.model, "causal_lm", held_out, held_out.lengths, scoring, 3
-                ),
+                evaluate=None if held_out is None else measure,
                 publish_best=lambda values: None,
+                strategy=strategy,
             )
 
         yield make
