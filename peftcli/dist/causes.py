@@ -1,0 +1,72 @@
+"""Why a run of several processes ended: every rank writes down its first exception, and the
+launcher shows the earliest once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER = "PEFTCLI_CAUSES"  # in the environment of ranks that our launcher started
+TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # in that of all ranks that torch's agents started
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What ended a rank: the message and the exit code."""
+
+    rank: int
+    text: str
+    exit_code: int
+    time: float
+
+
+def record(text: str, exit_code: int) -> bool:
+    """Write down why this process ends; False where it is no rank, or nobody would show it."""
+    rank = os.environ.get("RANK")
+    folder, torchruns = os.environ.get(FOLDER), os.environ.get(TORCHRUN)
+    if rank is None:
+        return False
+    cause = Cause(int(rank), text, exit_code, time.time())
+    if torchruns:
+        _write(Path(torchruns), {"message": text, "timestamp": str(int(cause.time))})
+    if folder:
+        _write(Path(folder) / f"cause-{rank}.json", asdict(cause))
+    return bool(folder)
+
+
+def _write(path: Path, value: object) -> None:
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(json.dumps(value), encoding="utf-8")
+    aside.replace(path)
+
+
+def first(folder: Path, exit_codes: Mapping[int, int]) -> Cause:
+    """The first cause among what ranks wrote down and their `exit_codes`; a rank that a signal
+    killed wrote nothing, and what the others then met follows from it.
+    """
+    for rank, code in exit_codes.items():
+        if code < 0 and not (folder / f"cause-{rank}.json").exists():
+            return Cause(rank, _killed(rank, -code), 1, 0.0)
+    files = folder.glob("cause-*.json")
+    causes = [Cause(**json.loads(path.read_text(encoding="utf-8"))) for path in files]
+    if causes:
+        return min(causes, key=lambda cause: cause.time)
+    rank, code = next(iter(exit_codes.items()))
+    return Cause(rank, f"rank {rank} ended with exit code {code} and left no word.", code, 0.0)
+
+
+def _killed(rank: int, number: int) -> str:
+    name = signal.Signals(number).name
+    hint = ""
+    if number == signal.SIGKILL:
+        hint = (
+            " The system does so when memory runs out: then use fewer processes a node, halve"
+            " trainer.per_device_train_batch_size, or take strategy=fsdp."
+        )
+    return f"rank {rank} was killed by {name}; the other ranks were stopped.{hint}"

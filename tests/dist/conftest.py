@@ -1,0 +1,77 @@
+"""Real processes that talk through gloo, forked from the test's own so that nothing is imported
+again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from peftcli.dist.ranks import Group, Ranks
+from peftcli.dist.strategies import STRATEGIES, Single
+from tests.train import conftest
+
+make_loop = conftest.make_loop  # the fixture
+one_thread = conftest.one_thread
+MakeLoop = conftest.MakeLoop
+Together = Callable[..., list[Any]]
+
+
+def fork(n: int, work: Callable[[int], None], folder: Path) -> list[int]:
+    """Exit codes of n processes that each run `work` with its number; what one fails by is raised
+    here.
+    """
+    context = multiprocessing.get_context("fork")
+    arguments = [(number, work, folder) for number in range(n)]
+    processes = [context.Process(target=_run, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failures = [path.read_text() for path in sorted(folder.glob("failed-*"))]
+    assert not failures, "\n".join(failures)
+    return [process.exitcode or 0 for process in processes]
+
+
+def _run(number: int, work: Callable[[int], None], folder: Path) -> None:
+    try:
+        work(number)
+    except Exception:
+        (folder / f"failed-{number}").write_text(f"process {number}: {traceback.format_exc()}")
+        raise
+
+
+@pytest.fixture
+def together(tmp_path: Path) -> Together:
+    """`together(n, work)`: what `work(ranks)` returns on each of n ranks, by rank."""
+    calls = iter(range(100))
+
+    def run(n: int, work: Callable[[Ranks], Any]) -> list[Any]:
+        folder = tmp_path / f"ranks-{next(calls)}"
+        folder.mkdir()
+
+        def be_rank(rank: int) -> None:
+            torch.set_num_threads(1)
+            store, limit = f"file://{folder}/store", timedelta(seconds=60)
+            dist.init_process_group("gloo", store, limit, n, rank)
+            torch.save(work(Group(torch.device("cpu"))), folder / f"rank-{rank}")
+            dist.barrier()
+            dist.destroy_process_group()
+
+        assert fork(n, be_rank, folder) == [0] * n
+        return [torch.load(folder / f"rank-{rank}", weights_only=False) for rank in range(n)]
+
+    return run
+
+
+def strategy(name: str, ranks: Ranks) -> Single:
+    """The strategy of this name among the ranks."""
+    return STRATEGIES[name](ranks)
