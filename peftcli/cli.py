@@ -42,6 +42,7 @@ HELP = """\
   peft-train +recipe=lora_llama method.r=32 optimizer.lr=1e-4         the same with two keys changed
   peft-train check +recipe=lora_llama_chat dataset.path=chats.jsonl   look before you train
   peft-train -m +recipe=lora_llama method=lora,full seed=0,1,2        a sweep of six runs
+  peft-train +recipe=lora_llama strategy=ddp launch.num_processes=2   the same run by two processes
   peft-train generate outputs/lora_llama/2026-01-31_12-00-00          talk to what was trained
 
 *Files*

@@ -15,7 +15,7 @@ from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
-from peftcli.dist.strategies import STRATEGIES
+from peftcli.dist import strategies
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
@@ -49,7 +49,7 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
         steps.total,
         run.trainer.gradient_checkpointing,
         ranks,
-        STRATEGIES[run.strategy.name].shards,
+        strategies.shards(run),
     )
     _refuse_too_large(parts, cost)
     blocks = {

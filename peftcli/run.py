@@ -48,7 +48,7 @@ def train(run: Run, cfg: DictConfig) -> int:
         if is_main:
             held.enter_context(folder.locked())
             start = begin(run, cfg, folder)
-        parts = None if start.finished else build(run, sharding=run.strategy.name == "fsdp")
+        parts = None if start.finished else build(run, sharding=strategies.shards(run))
         strategy = held.enter_context(strategies.joined(run, cfg, device.current()))
         start = start.shared(strategy.ranks)
         stopper.ranks = strategy.ranks

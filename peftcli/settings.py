@@ -125,7 +125,7 @@ class Trainer:
     metric_for_best: str = "auto"  # auto: accuracy, pearson or loss, by the task
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops
-    num_threads: Positive | None = None  # CPU threads; None: all cores given to the process
+    num_threads: Positive | None = None  # CPU threads; None: the process's share of the cores
 
 
 @dataclass(frozen=True)
