@@ -29,7 +29,9 @@ def test_output_and_gradients_equal_the_sum_of_cosines(shape: tuple[int, int]) -
     positions = torch.randperm(d_out * d_in)[: max(1, d_out * d_in // 3)].int()
     c = torch.randn(len(positions), dtype=torch.float64, requires_grad=True)
     x = torch.randn(2, 4, d_in, dtype=torch.float64, requires_grad=True)
-    outputs = [f(x, c, positions, shape, 3.0) for f in (fourier_linear, fourier_linear_ref)]
+    outputs = [
+        f(x, None, None, c, positions, shape, 3.0) for f in (fourier_linear, fourier_linear_ref)
+    ]
     torch.testing.assert_close(*outputs)
     dy = torch.randn_like(outputs[0])
     ours, plain = (torch.autograd.grad(y, (x, c), dy) for y in outputs)
@@ -40,9 +42,20 @@ def test_bfloat16_is_as_near_as_plain_bfloat16_products() -> None:
     torch.manual_seed(0)
     positions, c = torch.randperm(64 * 48)[:100], torch.randn(100)
     x = torch.randn(32, 48)
-    exact = fourier_linear_ref(x.double(), c.double(), positions, (64, 48), 50.0)
+    exact = fourier_linear_ref(x.double(), None, None, c.double(), positions, (64, 48), 50.0)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = fourier_linear(x, c, positions, (64, 48), 50.0)
-        plain = fourier_linear_ref(x, c, positions, (64, 48), 50.0)
+        ours = fourier_linear(x, None, None, c, positions, (64, 48), 50.0)
+        plain = fourier_linear_ref(x, None, None, c, positions, (64, 48), 50.0)
     assert ours.dtype == torch.bfloat16
     assert (ours - exact).norm() <= 2 * (plain - exact).norm()
+
+
+def test_positions_that_mirror_each_other_add_up() -> None:
+    """(1, 1) and (-1, -1) of a (3, 4) spectrum make one wave, and their gradients are equal."""
+    x, W = torch.randn(2, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    c = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True)
+    both, one = torch.tensor([5, 11]), torch.tensor([5])
+    y = fourier_linear(x, W, None, c, both, (3, 4), 1.0)
+    torch.testing.assert_close(y, fourier_linear(x, W, None, c.sum()[None], one, (3, 4), 1.0))
+    y.square().sum().backward()
+    torch.testing.assert_close(c.grad[0], c.grad[1])
