@@ -17,6 +17,7 @@ from peftcli.data.collate import Collator, make_collator
 from peftcli.data.examples import Data, Examples
 from peftcli.data.prepare import prepare
 from peftcli.errors import ConfigError
+from peftcli.kernels import choice
 from peftcli.models import attention, load
 from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
@@ -66,6 +67,7 @@ def build(run: Run, *, with_data: bool = True, dequantised: bool = False) -> Par
         )
     where = device.pick()
     torch.set_num_threads(run.trainer.num_threads or device.num_cores())
+    choice.choose(run.trainer.kernels, where)
     autocast = _precision(run, where)
     source = resolve(run.model, cache_dir())
     config = load.load_config(source, run.model)

@@ -6,11 +6,14 @@ of a few numbers leave matrix units idle, so neighbours are joined first, to up 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.precision import cast, product_dtype
 
 # 1024 tokens by 576 features, float32, one core, 2026-11: blocks of 4, 8, 32, 64 take 2.5, 1.4, 0.5
 # and 0.8 ms.
@@ -23,11 +26,14 @@ def block_rotation_ref(x: Tensor, R: Tensor) -> Tensor:
 
 
 def block_rotation(x: Tensor, R: Tensor) -> Tensor:
-    """x blockdiag(R). x (..., I), R (n, b, b) in the type of x, n b = I -> (..., I)."""
+    """x blockdiag(R). x (..., I), R (n, b, b), n b = I -> (..., I)."""
+    x, R = cast(product_dtype(x), x, R)
+    if is_reference():
+        return block_rotation_ref(x, R)
     n, b = R.shape[:2]
     size = max(g for g in range(1, n + 1) if n % g == 0 and (g == 1 or g * b <= JOINED))
-    z = _BlockRotation.apply(x.reshape(-1, n // size, size * b), R, size)
-    return cast(Tensor, z).view(x.shape)
+    z: Any = _BlockRotation.apply(x.reshape(-1, n // size, size * b), R, size)
+    return z.view(x.shape)
 
 
 class _BlockRotation(torch.autograd.Function):

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.precision import cast, product_dtype
+
 
 class Change(Protocol):
     """dW (O, I) as a function of tensors `parts`, and of W, which is constant."""
@@ -36,19 +39,24 @@ def dense_linear_ref(
     x: Tensor, W: Tensor | None, b: Tensor | None, change: Change, *parts: Tensor
 ) -> Tensor:
     """The equation in plain torch: x (..., I), W (O, I), b (O,) -> (..., O)."""
-    dW = change.make(W, parts)
-    return F.linear(x, dW if W is None else W + dW, b)
+    return beside(x, W, b, change.make(W, parts))
+
+
+def beside(x: Tensor, W: Tensor | None, b: Tensor | None, dW: Tensor) -> Tensor:
+    """W x + b + dW x in the type of x."""
+    x, W, b, dW = cast(product_dtype(x), x, W, b, dW)
+    return F.linear(x, dW, b) if W is None else F.linear(x, W, b) + F.linear(x, dW)
 
 
 def dense_linear(
     x: Tensor, W: Tensor | None, b: Tensor | None, change: Change, *parts: Tensor
 ) -> Tensor:
     """(W + dW) x + b. x (..., I), W (O, I) and b (O,) frozen -> (..., O); without W, dW x + b."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        W, b = (None if t is None else t.to(dtype) for t in (W, b))
-        return _DenseLinear.apply(x.to(dtype), W, b, change, *parts)
+    if is_reference():
+        return dense_linear_ref(x, W, b, change, *parts)
+    x, W, b = cast(product_dtype(x), x, W, b)
+    with torch.autocast(x.device.type, enabled=False):
+        return _DenseLinear.apply(x, W, b, change, *parts)
 
 
 class _DenseLinear(torch.autograd.Function):
@@ -71,22 +79,27 @@ class _DenseLinear(torch.autograd.Function):
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
-        x, W, *rest = ctx.saved_tensors
-        parts, dx = tuple(rest), None
-        dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if ctx.needs_input_grad[0]:
-            dW = ctx.change.make(W, parts)
-            if W is None or dW.dtype == dy.dtype:
-                dx = dy_TO @ _sum(dW, W, dy.dtype)
-            else:
-                dx = (dy_TO @ W).addmm_(dy_TO, dW.to(dy.dtype))
-            del dW  # before G takes as much
-            dx = dx.view(x.shape)
-        grads = (None,) * len(parts)
-        if any(ctx.needs_input_grad[4:]):
-            G = (dy_TO.T @ x_TI).to(parts[0].dtype)
-            grads = ctx.change.pull(G, W, parts)
-        return dx, None, None, None, *grads
+        with torch.autocast(dy.device.type, enabled=False):
+            return _pulled_back(ctx, dy)
+
+
+def _pulled_back(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, W, *rest = ctx.saved_tensors
+    parts, dx = tuple(rest), None
+    dy_TO, x_TI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if ctx.needs_input_grad[0]:
+        dW = ctx.change.make(W, parts)
+        if W is None or dW.dtype == dy.dtype:
+            dx = dy_TO @ _sum(dW, W, dy.dtype)
+        else:
+            dx = (dy_TO @ W).addmm_(dy_TO, dW.to(dy.dtype))
+        del dW  # before G takes as much
+        dx = dx.view(x.shape)
+    grads = (None,) * len(parts)
+    if any(ctx.needs_input_grad[4:]):
+        G = (dy_TO.T @ x_TI).to(parts[0].dtype)
+        grads = ctx.change.pull(G, W, parts)
+    return dx, None, None, None, *grads
 
 
 def _sum(dW: Tensor, W: Tensor | None, dtype: torch.dtype) -> Tensor:

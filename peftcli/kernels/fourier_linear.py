@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peftcli.kernels.dense_linear import dense_linear
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.dense_linear import beside, dense_linear
+from peftcli.kernels.sparse_linear import spread
 
 Shape = tuple[int, int]
 
@@ -24,7 +25,8 @@ def fourier_weight(c: Tensor, positions: Tensor, shape: Shape, scale: float) -> 
     d_out, d_in = shape
     folded, is_edge = _folded(positions, shape)
     values = torch.where(is_edge, scale * c, scale / 2 * c)  # the mirrored half is the other half
-    half = torch.zeros(d_out * (d_in // 2 + 1), dtype=c.dtype.to_complex(), device=c.device)
+    dtype = torch.promote_types(c.dtype, torch.complex64)
+    half = torch.zeros(d_out * (d_in // 2 + 1), dtype=dtype, device=c.device)
     half = half.index_add(0, folded, values.to(half.dtype)).view(d_out, -1)
     return torch.fft.irfft2(half, s=shape)
 
@@ -38,15 +40,9 @@ def fourier_linear_ref(
     shape: Shape,
     scale: float,
 ) -> Tensor:
-    """The equation entry by entry: dW[j, k] = s / (O I) sum_i c_i cos(2 pi (row_i j / O + col_i k /
-    I)).
-    """
-    d_out, d_in = shape
-    rows, columns = (positions // d_in).to(c.dtype), (positions % d_in).to(c.dtype)
-    j = torch.arange(d_out, device=c.device)[:, None, None] * rows / d_out  # (O, 1, n)
-    k = torch.arange(d_in, device=c.device)[None, :, None] * columns / d_in  # (1, I, n)
-    dW = scale / (d_out * d_in) * (torch.cos(2 * torch.pi * (j + k)) @ c)
-    return F.linear(x, dW if W is None else W + dW, b)
+    """The equation in plain torch, by the whole spectrum."""
+    dW = scale * torch.fft.ifft2(spread(positions, c, shape)).real
+    return beside(x, W, b, dW)
 
 
 def fourier_linear(
@@ -61,6 +57,8 @@ def fourier_linear(
     """(W + dW) x + b. x (..., I), W (O, I) and b (O,) frozen, c (n,), positions (n,), shape (O, I)
     -> (..., O); without W, dW x + b.
     """
+    if is_reference():
+        return fourier_linear_ref(x, W, b, c, positions, shape, scale)
     return dense_linear(x, W, b, _Waves(shape, scale), c, positions)
 
 

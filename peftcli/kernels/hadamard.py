@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from peftcli.kernels.choice import is_reference
+
 # First rows of the symmetric circulants A, B, C, D of Williamson's construction.
 WILLIAMSON = {
     172: (
@@ -44,6 +46,8 @@ def hadamard(x: Tensor, left: Tensor, right: Tensor, inverse: bool = False) -> T
     x (..., PQ).
     """
     with torch.autocast(x.device.type, enabled=False):  # sums of d terms overflow half precision
+        if is_reference():
+            return hadamard_ref(x.to(torch.promote_types(x.dtype, left.dtype)), inverse)
         X = x.to(torch.promote_types(x.dtype, left.dtype)).unflatten(-1, (len(left), len(right)))
         left, right = left.to(X.dtype), right.to(X.dtype)
         if inverse:

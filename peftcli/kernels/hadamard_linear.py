@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcli.kernels.dense_linear import dense_linear
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.dense_linear import beside, dense_linear
 from peftcli.kernels.hadamard import hadamard, hadamard_ref
 from peftcli.kernels.sparse_linear import sparse_linear, spread
 
@@ -37,13 +38,15 @@ def hadamard_linear_ref(
 ) -> Tensor:
     """The equation with the dense matrix H."""
     dW = scale * hadamard_ref(spread(f.positions, f.v, (f.d_out, x.shape[-1])), inverse=True)
-    return F.linear(x, dW if W is None else W + dW, b)
+    return beside(x, W, b, dW)
 
 
 def hadamard_linear(
     x: Tensor, W: Tensor | None, b: Tensor | None, f: Sparse, h: Factors, scale: float
 ) -> Tensor:
     """(W + dW) x + b. x (..., I), W (O, I) and b (O,) frozen -> (..., O); without W, dW x + b."""
+    if is_reference():
+        return hadamard_linear_ref(x, W, b, f, h, scale)
     d_in = x.shape[-1]
     if x.numel() // d_in >= len(h.left) + len(h.right):
         return dense_linear(x, W, b, _Transformed((f.d_out, d_in), scale), *f[:2], *h)

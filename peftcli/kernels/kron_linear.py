@@ -8,12 +8,16 @@ into the frozen one in place, and beside `x` only x W2b' (T, c, R) is saved.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.dense_linear import beside
+from peftcli.kernels.precision import cast, product_dtype
 
 
 class Kron(NamedTuple):
@@ -27,16 +31,16 @@ class Kron(NamedTuple):
 def kron_linear_ref(x: Tensor, W: Tensor, b: Tensor | None, k: Kron, scale: float) -> Tensor:
     """The equation in plain torch. x (..., I), W (O, I), b (O,) -> (..., O)."""
     W2 = k.W2b if k.W2a is None else k.W2a @ k.W2b
-    return F.linear(x, W + scale * torch.kron(k.W1, W2), b)
+    return beside(x, W, b, scale * torch.kron(k.W1, W2))
 
 
 def kron_linear(x: Tensor, W: Tensor, b: Tensor | None, k: Kron, scale: float) -> Tensor:
     """W x + b + s (W1 (x) W2) x. x (..., I), W (O, I) and b (O,) frozen -> (..., O)."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        W, b = W.to(dtype), None if b is None else b.to(dtype)
-        return cast(Tensor, _KronLinear.apply(x.to(dtype), W, b, scale, *k))
+    if is_reference():
+        return kron_linear_ref(x, W, b, k, scale)
+    x, W, b = cast(product_dtype(x), x, W, b)
+    with torch.autocast(x.device.type, enabled=False):
+        return _KronLinear.apply(x, W, b, scale, *k)  # pyright: ignore[reportReturnType]
 
 
 class _KronLinear(torch.autograd.Function):

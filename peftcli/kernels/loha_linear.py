@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftcli.kernels.dense_linear import dense_linear
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.dense_linear import beside, dense_linear
 from peftcli.kernels.lora_linear import lora_linear
 
 
@@ -30,11 +30,13 @@ class Pairs(NamedTuple):
 
 def loha_linear_ref(x: Tensor, W: Tensor, b: Tensor | None, p: Pairs, scale: float) -> Tensor:
     """The equation in plain torch. x (..., I), W (O, I), b (O,) -> (..., O)."""
-    return F.linear(x, W + scale * (p.W1a @ p.W1b) * (p.W2a @ p.W2b), b)
+    return beside(x, W, b, scale * (p.W1a @ p.W1b) * (p.W2a @ p.W2b))
 
 
 def loha_linear(x: Tensor, W: Tensor, b: Tensor | None, p: Pairs, scale: float) -> Tensor:
     """(W + dW) x + b. x (..., I), W (O, I) frozen, b (O,) frozen -> (..., O)."""
+    if is_reference():
+        return loha_linear_ref(x, W, b, p, scale)
     d_out, d_in = W.shape
     if 3 * p.W1a.shape[1] ** 2 * (d_in + d_out) < d_in * d_out:
         return lora_linear(x, W, b, *as_lora(p), scale)
@@ -56,14 +58,17 @@ class _HadamardProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *p: Tensor) -> Tensor:
         ctx.save_for_backward(*p)
-        return _product(p)
+        with torch.autocast(p[0].device.type, enabled=False):
+            return _product(p)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor, ...]:
-        return _pulled(grad_outputs[0], ctx.saved_tensors)
+        (G,) = grad_outputs
+        with torch.autocast(G.device.type, enabled=False):
+            return _pulled(G, ctx.saved_tensors)
 
 
 class _Product(NamedTuple):

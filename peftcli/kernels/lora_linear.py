@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.precision import cast, product_dtype
+
 
 class Branch(NamedTuple):
     """A frozen linear with its factors: W (O, I), b (O,), A (R, I), B (O, R), s."""
@@ -30,10 +33,17 @@ class Branch(NamedTuple):
 
 
 def lora_linear_ref(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The equation in plain torch. x (..., I), W (O, I), b (O,), A (R, I), B (O, R) -> (..., O)."""
-    return F.linear(x, W, b) + scale * F.linear(F.linear(x, A), B)
+    x, W, b, A, B = cast(product_dtype(x), x, W, b, A, B)
+    return F.linear(x, W, b) + scale * F.linear(F.linear(F.dropout(x, dropout), A), B)
 
 
 def lora_linear(
@@ -53,10 +63,11 @@ def lora_linear(
 
 def lora_linears(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """The outputs (..., O_i) of all branches for one x (..., I); each drops numbers of its own."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        frozen = [(W.to(dtype), None if b is None else b.to(dtype)) for W, b, _, _, _ in branches]
+    if is_reference():
+        return tuple(lora_linear_ref(x, *branch, dropout) for branch in branches)
+    dtype = product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        frozen = [cast(dtype, branch.W, branch.b) for branch in branches]
         masks = [
             torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
             for _ in branches

@@ -8,23 +8,25 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peftcli.kernels.dense_linear import dense_linear
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.dense_linear import beside, dense_linear
 
 
 def modulated_linear_ref(
     x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, scale: float, c: float = 0.0
 ) -> Tensor:
     """The equation in plain torch. x (..., I), W (O, I), b (O,) -> (..., O)."""
-    return F.linear(x, W + W * (scale * B @ A + c), b)
+    return beside(x, W, b, W * (scale * B @ A + c))
 
 
 def modulated_linear(
     x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, scale: float, c: float = 0.0
 ) -> Tensor:
     """(W + W * (s B A + c)) x + b. x (..., I), W (O, I) and b (O,) frozen -> (..., O)."""
+    if is_reference():
+        return modulated_linear_ref(x, W, b, B, A, scale, c)
     return dense_linear(x, W, b, _Modulation(scale, c), B, A)
 
 
