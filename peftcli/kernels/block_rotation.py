@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftcli.kernels.choice import is_reference
+from peftcli.kernels.choice import is_reference, takes_triton
 from peftcli.kernels.precision import cast, product_dtype
 
 # 1024 tokens by 576 features, float32, one core, 2026-11: blocks of 4, 8, 32, 64 take 2.5, 1.4, 0.5
@@ -54,16 +54,28 @@ class _BlockRotation(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _turned(dz_TnD, _join(R, ctx.size).mT)
         if ctx.needs_input_grad[1]:
-            dJ = x_TnD.permute(1, 2, 0) @ dz_TnD.transpose(0, 1)  # (n / size, D, D)
-            dR = _part(dJ, R.shape[-1])
+            dR = _part(_outer(x_TnD, dz_TnD), R.shape[-1]).to(R.dtype)
         return dx, dR, None
 
 
 def _turned(x_TnD: Tensor, J: Tensor) -> Tensor:
     """Every block of x times its own of J (n, D, D), in the layout of x."""
+    if takes_triton("block_rotation", x_TnD, J, side=J.shape[-1]):
+        from peftcli.kernels.gpu import block_rotation as gpu
+
+        return gpu.turned(x_TnD.contiguous(), J)
     z_TnD = x_TnD.new_empty(x_TnD.shape)
     torch.bmm(x_TnD.transpose(0, 1), J, out=z_TnD.transpose(0, 1))
     return z_TnD
+
+
+def _outer(x_TnD: Tensor, dz_TnD: Tensor) -> Tensor:
+    """sum_t x_t' dz_t for every block, (n, D, D)."""
+    if takes_triton("block_rotation", x_TnD, dz_TnD, side=x_TnD.shape[-1]):
+        from peftcli.kernels.gpu import block_rotation as gpu
+
+        return gpu.outer(x_TnD.contiguous(), dz_TnD.contiguous())
+    return x_TnD.permute(1, 2, 0) @ dz_TnD.transpose(0, 1)
 
 
 def _join(R: Tensor, size: int) -> Tensor:

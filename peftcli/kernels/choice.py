@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from peftcli.errors import ConfigError
 from peftcli.settings import Kernels
@@ -25,6 +26,8 @@ HAS_TRITON = find_spec("triton") is not None
 IS_INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # Triton's kernels run on the CPU, slowly
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 128  # rank, or side of a block, that one tile holds
 
 _chosen: Kernels = "auto"
 
@@ -59,19 +62,24 @@ def is_reference() -> bool:
     return _chosen == "reference"
 
 
-def takes_triton(operation: str, device: torch.device, unfit: str | None = None) -> bool:
-    """Whether the operation runs as its GPU kernel on the device; `unfit` says why its operands do
-    not suit that. Raises `ConfigError` under `require` where it does not.
+def takes_triton(operation: str, *operands: Tensor, side: int = 0) -> bool:
+    """Whether the operation runs as its GPU kernel on the operands, of which a tile must hold a
+    `side`. Raises `ConfigError` under `require` where it does not.
     """
     if _chosen == "reference":
         return False
-    reason = _missing(device) or unfit
-    if reason and _chosen == "require":
+    dtype, fits = operands[0].dtype, side <= WIDEST
+    fits = fits and dtype in DTYPES and all(t.dtype == dtype for t in operands)
+    if fits and not _missing(operands[0].device):
+        return True
+    if _chosen == "require":
+        kinds = ", ".join(sorted({str(t.dtype) for t in operands}))
         raise ConfigError(
-            f"trainer.kernels=require: {operation} cannot run as its GPU kernel: {reason}. Take "
-            "trainer.kernels=auto."
+            f"trainer.kernels=require: {operation} has no GPU kernel for {kinds} on "
+            f"{operands[0].device} with a rank or block of {side}; they take one type of 16 or 32 "
+            f"bits, and at most {WIDEST}. Take trainer.kernels=auto."
         )
-    return reason is None
+    return False
 
 
 def _missing(device: torch.device) -> str | None:
@@ -79,5 +87,5 @@ def _missing(device: torch.device) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed (pip install 'peftcli[triton]')"
     if device.type != "cuda" and not IS_INTERPRETED:
-        return f"they need a CUDA device, and this run is on the {device.type.upper()}"
+        return "they need a CUDA device, and there is none"
     return None

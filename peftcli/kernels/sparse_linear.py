@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from peftcli.kernels.choice import is_reference
+from peftcli.kernels.choice import is_reference, takes_triton
 from peftcli.kernels.precision import cast, product_dtype
 
 Watch = Callable[[Tensor], None]  # is shown the gradient (O, I) of the dense weight
@@ -127,6 +127,10 @@ def _entries(dy_TO: Tensor, x_TI: Tensor, indices: Tensor, watch: Watch | None) 
     T, d_in = x_TI.shape
     if watch is None and indices.numel() <= FEW * dy_TO.shape[1] * d_in:
         dy_OT, x_IT = dy_TO.T.contiguous(), x_TI.T.contiguous()
+        if takes_triton("sparse_linear", dy_OT, x_IT):
+            from peftcli.kernels.gpu import sparse_linear as gpu
+
+            return gpu.entries(dy_OT, x_IT, indices)
         rows, columns = (indices // d_in).long(), (indices % d_in).long()
         size = max(AT_ONCE // max(T, 1), 1)
         pairs = zip(rows.split(size), columns.split(size), strict=True)

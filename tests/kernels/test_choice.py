@@ -106,15 +106,21 @@ def test_an_operation_that_does_not_fit_is_an_error_under_require_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(choice, "HAS_TRITON", True)
-    cuda = torch.device("cuda")
-    assert choice.takes_triton("lora_linear", cuda)
-    assert not choice.takes_triton("lora_linear", cuda, "rank 3")
-    with choice.using("require", cuda):
-        assert choice.takes_triton("lora_linear", cuda)
-        with pytest.raises(ConfigError, match=r"lora_linear cannot run .* rank 3"):
-            choice.takes_triton("lora_linear", cuda, "rank 3")
-    with choice.using("reference", cuda):
-        assert not choice.takes_triton("lora_linear", cuda)
+    monkeypatch.setattr(choice, "IS_INTERPRETED", True)
+    x, wide = torch.ones(2), torch.ones(2, dtype=torch.float64)
+    assert choice.takes_triton("lora_linear", x, x, side=16)
+    for unfit in ({"side": 129}, {}):
+        operands = (x, x) if unfit else (x, wide)
+        assert not choice.takes_triton("lora_linear", *operands, **unfit)
+        with (
+            choice.using("require", CPU),
+            pytest.raises(ConfigError, match=r"lora_linear has no GPU kernel for torch\.float"),
+        ):
+            choice.takes_triton("lora_linear", *operands, **unfit)
+    with choice.using("require", CPU):
+        assert choice.takes_triton("lora_linear", x)
+    with choice.using("reference", CPU):
+        assert not choice.takes_triton("lora_linear", x)
 
 
 def test_an_operation_on_the_cpu_imports_no_triton() -> None:
