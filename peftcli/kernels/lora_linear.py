@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftcli.kernels.choice import is_reference, takes_triton
+from peftcli.kernels.dropout import keep_mask
 from peftcli.kernels.precision import cast, product_dtype
 
 
@@ -68,16 +69,12 @@ def lora_linears(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) ->
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         frozen = [cast(dtype, branch.W, branch.b) for branch in branches]
-        masks = [
-            torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
-            for _ in branches
-            if dropout
-        ]
+        kept = [keep_mask(x.shape, dropout, x.device) for _ in branches if dropout]
         return _LoRALinears.apply(
             x.to(dtype),
             [branch.scale for branch in branches],
-            1 / (1 - dropout),
-            masks,
+            kept[0][1] if kept else 1.0,
+            [mask for mask, _ in kept],
             *(W for W, _ in frozen),
             *(b for _, b in frozen),
             *(branch.A for branch in branches),
@@ -96,7 +93,8 @@ class _LoRALinears(torch.autograd.Function):
         masks = [mask.view(x_TI.shape) for mask in masks]
         if masks:
             dropped = [
-                (x_TI * mask) @ A_i.to(x.dtype).T for mask, A_i in zip(masks, A, strict=True)
+                torch.where(mask, x_TI, 0.0) @ A_i.to(x.dtype).T
+                for mask, A_i in zip(masks, A, strict=True)
             ]
             h_TR = _side_by_side(dropped).mul_(gain)
         else:
@@ -126,17 +124,17 @@ class _LoRALinears(torch.autograd.Function):
         dx, dA = None, [None] * n
         if any(wants_A) and masks:
             dA = [
-                (u_i.T @ (x_TI * mask)).to(A[0].dtype).mul_(ctx.gain)
+                (u_i.T @ torch.where(mask, x_TI, 0.0)).to(A[0].dtype).mul_(ctx.gain)
                 for u_i, mask in zip(u, masks, strict=True)
             ]
         elif any(wants_A):
             dA = (_side_by_side(u).T @ x_TI).to(A[0].dtype).split(ctx.ranks)
         if ctx.needs_input_grad[0]:
             if masks:
-                dx = torch.zeros_like(x_TI)
+                dx = dy[0] @ W[0]
                 for u_i, A_i, mask in zip(u, A, masks, strict=True):
-                    dx.addcmul_(u_i @ A_i.to(u_i.dtype), mask.to(u_i.dtype), value=ctx.gain)
-                dx.addmm_(dy[0], W[0])
+                    back = (ctx.gain * u_i) @ A_i.to(u_i.dtype)
+                    dx.add_(torch.where(mask, back, 0.0))
             else:
                 A_RI = _stacked(A, x_TI.dtype)
                 dx = product_plus(dy[0], W[0].T, None, _side_by_side(u), A_RI.T, 1.0)
