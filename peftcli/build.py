@@ -19,6 +19,7 @@ from peftcli.data.prepare import prepare
 from peftcli.dist import strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
+from peftcli.kernels import choice
 from peftcli.models import attention, load
 from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
@@ -74,6 +75,7 @@ def build(
     where = device.pick(strategies.local_rank())
     cores = max(device.num_cores() // strategies.num_local_ranks(), 1)
     torch.set_num_threads(run.trainer.num_threads or cores)
+    choice.choose(run.trainer.kernels, where)
     autocast = _precision(run, where)
     source = resolve(run.model, cache_dir())
     config = load.load_config(source, run.model)

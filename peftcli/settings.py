@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 Positive = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
 Loss = Literal["cross_entropy", "tfew"]
+Kernels = Literal["auto", "reference", "require"]
 Task = Literal["causal_lm", "seq2seq", "classification", "regression", "image_classification"]
 Format = Literal[
     "auto",
@@ -126,6 +127,9 @@ class Trainer:
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops
     num_threads: Positive | None = None  # CPU threads; None: the process's share of the cores
+    kernels: Kernels = (
+        "auto"  # GPU kernels where they run; reference: plain torch; require: or stop
+    )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.core import weights
+from peftcli.kernels.precision import product_dtype
 
 if TYPE_CHECKING:
     from peftcli.core.delta import Delta
@@ -142,7 +143,7 @@ class Bound:
             self.inner.dtype
         )  # of the layer's own output; a delta that never asked for it keeps to its input
         if want is None and isinstance(x, Tensor) and x.is_floating_point():
-            want = _product_dtype(x)
+            want = product_dtype(x)
         return y if want is None else y.to(want)
 
     @property
@@ -172,9 +173,3 @@ class Bound:
     def mix(self, h: Tensor, B: Tensor) -> Tensor:
         """`B` (O, R) applied to the channels of `h`."""
         return self.inner.mix(h, B)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What a matrix product of `x` returns here: autocast's type where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -12,9 +12,15 @@ H_K need not be symmetric: the inverse takes its transpose.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from peftcli.kernels.choice import is_reference, takes_triton
+
+IN_REGISTERS = 16384  # numbers of a row that the GPU kernel takes
 
 # First rows of the symmetric circulants A, B, C, D of Williamson's construction.
 WILLIAMSON = {
@@ -44,11 +50,44 @@ def hadamard(x: Tensor, left: Tensor, right: Tensor, inverse: bool = False) -> T
     x (..., PQ).
     """
     with torch.autocast(x.device.type, enabled=False):  # sums of d terms overflow half precision
+        if is_reference():
+            return hadamard_ref(x.to(torch.promote_types(x.dtype, left.dtype)), inverse)
         X = x.to(torch.promote_types(x.dtype, left.dtype)).unflatten(-1, (len(left), len(right)))
         left, right = left.to(X.dtype), right.to(X.dtype)
+        if x.shape[-1] <= IN_REGISTERS and takes_triton("hadamard", X):
+            return _by_rows(X.flatten(-2), left, inverse)
         if inverse:
             left = left.T / x.shape[-1]
         return (left @ (X @ right)).flatten(-2)
+
+
+def _by_rows(x: Tensor, left: Tensor, inverse: bool) -> Tensor:
+    """x H or x H^-1 with S whole in one kernel: H_K X S for rows X (K, 2^m)."""
+    d, K = x.shape[-1], odd_order(x.shape[-1])
+    X: Any = _Walsh.apply(x.reshape(-1, d // K))
+    step = len(left) // K  # left = H_K kron S_a, and S_a begins with 1
+    H_K = left[::step, ::step]
+    H_K = H_K.T / d if inverse else H_K
+    return (H_K @ X.view(*x.shape[:-1], K, -1)).flatten(-2)
+
+
+class _Walsh(torch.autograd.Function):
+    """x S, which is symmetric, by the GPU kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        from peftcli.kernels.gpu import hadamard as gpu
+
+        return gpu.walsh(x.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> Tensor:
+        from peftcli.kernels.gpu import hadamard as gpu
+
+        return gpu.walsh(grad_outputs[0].contiguous())
 
 
 def factors(d: int) -> tuple[Tensor, Tensor]:

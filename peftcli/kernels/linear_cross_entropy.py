@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.choice import is_reference
+from peftcli.kernels.precision import cast, product_dtype
+
 BLOCK_ROWS = 256  # 50 MB of float32 logits at 49,152 words; larger blocks are no faster
 
 
@@ -30,13 +33,11 @@ def linear_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor
     A head that is trained itself, or a call without gradients, takes the plain way.
     """
     trained = W.requires_grad or (b is not None and b.requires_grad)
-    if trained or not (torch.is_grad_enabled() and h.requires_grad):
+    if is_reference() or trained or not (torch.is_grad_enabled() and h.requires_grad):
         return linear_cross_entropy_ref(h, W, b, targets)
-    device = h.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-    with torch.autocast(device, enabled=False):
-        bias = None if b is None else b.to(dtype)
-        return _LinearCrossEntropy.apply(h.to(dtype), W.to(dtype), bias, targets)
+    h, W, b = cast(product_dtype(h), h, W, b)
+    with torch.autocast(h.device.type, enabled=False):
+        return _LinearCrossEntropy.apply(h, W, b, targets)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.choice import is_reference, takes_triton
+from peftcli.kernels.dropout import keep_mask
+from peftcli.kernels.precision import cast, product_dtype
+
 
 class Branch(NamedTuple):
     """A frozen linear with its factors: W (O, I), b (O,), A (R, I), B (O, R), s."""
@@ -30,10 +34,17 @@ class Branch(NamedTuple):
 
 
 def lora_linear_ref(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The equation in plain torch. x (..., I), W (O, I), b (O,), A (R, I), B (O, R) -> (..., O)."""
-    return F.linear(x, W, b) + scale * F.linear(F.linear(x, A), B)
+    x, W, b, A, B = cast(product_dtype(x), x, W, b, A, B)
+    return F.linear(x, W, b) + scale * F.linear(F.linear(F.dropout(x, dropout), A), B)
 
 
 def lora_linear(
@@ -53,20 +64,17 @@ def lora_linear(
 
 def lora_linears(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> tuple[Tensor, ...]:
     """The outputs (..., O_i) of all branches for one x (..., I); each drops numbers of its own."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        frozen = [(W.to(dtype), None if b is None else b.to(dtype)) for W, b, _, _, _ in branches]
-        masks = [
-            torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout)
-            for _ in branches
-            if dropout
-        ]
+    if is_reference():
+        return tuple(lora_linear_ref(x, *branch, dropout) for branch in branches)
+    dtype = product_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        frozen = [cast(dtype, branch.W, branch.b) for branch in branches]
+        kept = [keep_mask(x.shape, dropout, x.device) for _ in branches if dropout]
         return _LoRALinears.apply(
             x.to(dtype),
             [branch.scale for branch in branches],
-            1 / (1 - dropout),
-            masks,
+            kept[0][1] if kept else 1.0,
+            [mask for mask, _ in kept],
             *(W for W, _ in frozen),
             *(b for _, b in frozen),
             *(branch.A for branch in branches),
@@ -85,7 +93,8 @@ class _LoRALinears(torch.autograd.Function):
         masks = [mask.view(x_TI.shape) for mask in masks]
         if masks:
             dropped = [
-                (x_TI * mask) @ A_i.to(x.dtype).T for mask, A_i in zip(masks, A, strict=True)
+                torch.where(mask, x_TI, 0.0) @ A_i.to(x.dtype).T
+                for mask, A_i in zip(masks, A, strict=True)
             ]
             h_TR = _side_by_side(dropped).mul_(gain)
         else:
@@ -93,8 +102,7 @@ class _LoRALinears(torch.autograd.Function):
         ranks = [len(A_i) for A_i in A]
         outputs = []
         for W_i, b_i, B_i, h_i, s in zip(W, b, B, h_TR.split(ranks, 1), scales, strict=True):
-            y_TO = F.linear(x_TI, W_i, b_i)
-            y_TO.addmm_(h_i, B_i.to(x.dtype).T, alpha=s)
+            y_TO = product_plus(x_TI, W_i, b_i, h_i, B_i.to(x.dtype), s)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
         ctx.save_for_backward(x_TI, h_TR, *masks, *W, *A, *B)
         ctx.scales, ctx.ranks, ctx.shape, ctx.gain = scales, ranks, x.shape, gain
@@ -110,32 +118,57 @@ class _LoRALinears(torch.autograd.Function):
         W, A, B = (saved[i * n : i * n + n] for i in range(3))
         wants_A, wants_B = (ctx.needs_input_grad[4 + i * n :][:n] for i in (2, 3))
         dy = [g.reshape(-1, g.shape[-1]) for g in grad_outputs]
-        u = [(g @ B_i.to(g.dtype)).mul_(s) for g, B_i, s in zip(dy, B, ctx.scales, strict=True)]
-        dx, dA, dB = None, [None] * n, [None] * n
-        if any(wants_B):
-            h = h_TR.split(ctx.ranks, 1)
-            dB = [
-                (g.T @ h_i).to(B[0].dtype).mul_(s)
-                for g, h_i, s in zip(dy, h, ctx.scales, strict=True)
-            ]
+        h = h_TR.split(ctx.ranks, 1)
+        thin = [thin_gradients(*t) for t in zip(dy, B, h, ctx.scales, wants_B, strict=True)]
+        u, dB = [u_i for u_i, _ in thin], [dB_i for _, dB_i in thin]
+        dx, dA = None, [None] * n
         if any(wants_A) and masks:
             dA = [
-                (u_i.T @ (x_TI * mask)).to(A[0].dtype).mul_(ctx.gain)
+                (u_i.T @ torch.where(mask, x_TI, 0.0)).to(A[0].dtype).mul_(ctx.gain)
                 for u_i, mask in zip(u, masks, strict=True)
             ]
         elif any(wants_A):
             dA = (_side_by_side(u).T @ x_TI).to(A[0].dtype).split(ctx.ranks)
         if ctx.needs_input_grad[0]:
             if masks:
-                dx = torch.zeros_like(x_TI)
+                dx = dy[0] @ W[0]
                 for u_i, A_i, mask in zip(u, A, masks, strict=True):
-                    dx.addcmul_(u_i @ A_i.to(u_i.dtype), mask.to(u_i.dtype), value=ctx.gain)
+                    back = (ctx.gain * u_i) @ A_i.to(u_i.dtype)
+                    dx.add_(torch.where(mask, back, 0.0))
             else:
-                dx = _side_by_side(u) @ _stacked(A, x_TI.dtype)
-            for g, W_i in zip(dy, W, strict=True):
+                A_RI = _stacked(A, x_TI.dtype)
+                dx = product_plus(dy[0], W[0].T, None, _side_by_side(u), A_RI.T, 1.0)
+            for g, W_i in zip(dy[1:], W[1:], strict=True):
                 dx.addmm_(g, W_i)
             dx = dx.view(ctx.shape)
         return dx, None, None, None, *[None] * (2 * n), *dA, *dB
+
+
+def product_plus(
+    x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """x W' + b + s h B'. x (M, K), W (N, K), b (N,), h (M, R), B (N, R) -> (M, N)."""
+    if takes_triton("lora_linear", x, W, h, B, side=h.shape[1]):
+        from peftcli.kernels.gpu import lora_linear as gpu
+
+        return gpu.product_plus(x, W, h, B, scale, b)[0]
+    return F.linear(x, W, b).addmm_(h, B.T, alpha=scale)
+
+
+def thin_gradients(
+    dy: Tensor, B: Tensor, h: Tensor, scale: float, wants_B: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """u = s dy B (M, R), and dB = s dy' h (N, R) in the type of B where it is wanted. dy (M, N), B
+    (N, R), h (M, R).
+    """
+    narrow = B.to(dy.dtype)
+    if wants_B and takes_triton("lora_linear", dy, h, side=h.shape[1]):
+        from peftcli.kernels.gpu import lora_linear as gpu
+
+        u, dB = gpu.thin_gradients(dy, narrow, h, scale)
+        return u, dB.to(B.dtype)
+    u = (dy @ narrow).mul_(scale)
+    return u, (dy.T @ h).to(B.dtype).mul_(scale) if wants_B else None
 
 
 def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftcli.kernels.choice import is_reference
+
 
 class Segment(NamedTuple):
     """Tokens [start, stop) of a row, which see [prefix_start, prefix_stop) too, the whole of
@@ -42,6 +44,8 @@ def packed_attention(
     """q (1, H, T, D), k and v (1, G, T, D) with H a multiple of G -> (1, T, H, D). Every segment
     sees the keys and values `before` (1, G, P, D) too.
     """
+    if is_reference():
+        return packed_attention_ref(q, k, v, segments, scale, before, dropout)
     k, v = (_each_head(t, q.shape[1]) for t in (k, v))
     held = None if before is None else tuple(_each_head(t, q.shape[1]) for t in before)
     # split, not slices: the backward pass of a slice fills a whole row with zeros
@@ -72,6 +76,7 @@ def packed_attention_ref(
     segments: Segments,
     scale: float,
     before: tuple[Tensor, Tensor] | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """The same under a mask (T, P + T) of the whole row."""
     seen = torch.zeros(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device)
@@ -83,7 +88,7 @@ def packed_attention_ref(
         k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
         seen = F.pad(seen, (before[0].shape[2], 0), value=True)
     k, v = (_each_head(t, q.shape[1]) for t in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, seen, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scale).transpose(1, 2)
 
 
 def _each_head(t: Tensor, heads: int) -> Tensor:

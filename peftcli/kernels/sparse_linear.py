@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.choice import is_reference, takes_triton
+from peftcli.kernels.precision import cast, product_dtype
+
 Watch = Callable[[Tensor], None]  # is shown the gradient (O, I) of the dense weight
 
 # Share of the entries up to which single sums beat the dense product: 4-8 ms against 6-12 ms at
@@ -40,12 +43,22 @@ def spread(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def sparse_linear_ref(
-    x: Tensor, indices: Tensor, values: Tensor, W: Tensor, b: Tensor | None
+    x: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    d_out: int,
+    W: Tensor | None = None,
+    b: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """The equation in plain torch. x (..., I), indices (K,), values (K,), W (O, I), b (O,) ->
     (..., O).
     """
-    return F.linear(x, W + spread(indices, values, tuple(W.shape)), b)
+    dW = spread(indices, values, (d_out, x.shape[-1]))
+    if watch is not None and dW.requires_grad:
+        dW.register_hook(watch)
+    x, W, b = cast(product_dtype(x), x, W, b)
+    return F.linear(x, (dW if W is None else W + dW).to(x.dtype), b)
 
 
 def sparse_linear(
@@ -61,11 +74,11 @@ def sparse_linear(
     (..., O); without W, the sparse product alone. `watch` sees the gradient (O, I) of the dense W'
     in the backward pass.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
-        W, b = (None if t is None else t.to(dtype) for t in (W, b))
-        return _SparseLinear.apply(x.to(dtype), indices, values, d_out, W, b, watch)
+    if is_reference():
+        return sparse_linear_ref(x, indices, values, d_out, W, b, watch)
+    x, W, b = cast(product_dtype(x), x, W, b)
+    with torch.autocast(x.device.type, enabled=False):
+        return _SparseLinear.apply(x, indices, values, d_out, W, b, watch)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -114,6 +127,10 @@ def _entries(dy_TO: Tensor, x_TI: Tensor, indices: Tensor, watch: Watch | None) 
     T, d_in = x_TI.shape
     if watch is None and indices.numel() <= FEW * dy_TO.shape[1] * d_in:
         dy_OT, x_IT = dy_TO.T.contiguous(), x_TI.T.contiguous()
+        if takes_triton("sparse_linear", dy_OT, x_IT):
+            from peftcli.kernels.gpu import sparse_linear as gpu
+
+            return gpu.entries(dy_OT, x_IT, indices)
         rows, columns = (indices // d_in).long(), (indices % d_in).long()
         size = max(AT_ONCE // max(T, 1), 1)
         pairs = zip(rows.split(size), columns.split(size), strict=True)

@@ -9,9 +9,11 @@ arXiv 2311.06243.
 P_i mixes half-blocks of 2^i neighbouring blocks, so that log2(I/b) + 1 factors of small blocks
 reach every output from every input: a dense rotation for O(I log I) numbers.
 
-Hugging Face peft makes every P_i and F_i as a dense (I, I) matrix; here each factor is a gather and
-a product of small blocks. peft silently computes one factor where its CUDA extension is missing, so
-adapters of more than one are kept in our own format.
+F_i mixes numbers within chunks of b 2^i, and so does the product of the factors up to it: where the
+chunks are small, that product is made, as blocks, and the input is turned once. Else each factor is
+a gather and a product of small blocks. Hugging Face peft makes every P_i and F_i as a dense (I, I)
+matrix; it silently computes one factor where its CUDA extension is missing, so adapters of more
+than one are kept in our own format.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.kernels.block_rotation import block_rotation
 from peftcli.methods.oft import (
     RotationDelta,
     cayley,
@@ -38,6 +41,10 @@ from peftcli.methods.oft import (
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
+
+
+# Features that a product of factors mixes, up to which it is made: as blocks of that size.
+MIXED = 64
 
 
 def butterfly(d: int, b: int, i: int) -> Tensor:
@@ -78,12 +85,22 @@ class BOFTDelta(RotationDelta):
         return torch.where(mask[..., None, None], identity_like(R), R)
 
     def turn(self, x: Tensor, R: Tensor, back: bool = False) -> Tensor:
-        """Factor by factor: gather, blocks, gather back."""
-        factors = range(len(R)) if back else reversed(range(len(R)))
-        for i in factors:
+        """x through all factors; those that mix few numbers are multiplied first."""
+        d, mixed = x.shape[-1], self.b * 2 ** (len(R) - 1)
+        if len(R) == 1 or mixed > MIXED or x.numel() < mixed * d:
+            return self.through(x, R, back)
+        units = torch.eye(mixed, dtype=R.dtype, device=R.device).repeat(1, d // mixed)
+        product = self.through(units, R, back).unflatten(1, (-1, mixed)).transpose(0, 1)
+        return block_rotation(x, product)  # (I / mixed, mixed, mixed)
+
+    def through(self, x: Tensor, R: Tensor, back: bool) -> Tensor:
+        """Factor by factor: gather, blocks, gather back; the first gathers nothing."""
+        for i in range(len(R)) if back else reversed(range(len(R))):
             O_i = R[i].mT if back else R[i]
-            x_k = x[..., self.inverse[i]].unflatten(-1, (-1, self.b))  # (..., n, b)
-            x = torch.einsum("...kb,kbc->...kc", x_k, O_i).flatten(-2)[..., self.order[i]]
+            if i:
+                x = block_rotation(x[..., self.inverse[i]], O_i)[..., self.order[i]]
+            else:
+                x = block_rotation(x, O_i)
         return x
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -97,8 +114,7 @@ class BOFTDelta(RotationDelta):
         s = self.s.view(channels).to(y.dtype)
         if b is None:
             return s * y
-        b = b.view(channels).to(y.dtype)
-        return s * (y - b) + b
+        return torch.addcmul((1 - s) * b.view(channels).to(y.dtype), s, y)
 
 
 @dataclass(frozen=True)

@@ -137,8 +137,11 @@ class Bottleneck(nn.Module):
         """(B, T, D) -> (B, T, D), the branch alone."""
         h = self.act(self.down(x if self.ln_in is None else self.ln_in(x)))
         h = self.up(F.dropout(h, self.inner_dropout, self.training))
-        scale = self.scale.to(h.dtype) if isinstance(self.scale, Tensor) else self.scale
-        h = F.dropout(scale * h, self.dropout, self.training)
+        if isinstance(self.scale, Tensor):
+            h = self.scale.to(h.dtype) * h
+        elif self.scale != 1:  # a pass over h, forward and backward
+            h = self.scale * h
+        h = F.dropout(h, self.dropout, self.training)
         if self.training and self.drop_path:
             keep = h.new_empty(len(h), *[1] * (h.ndim - 1)).bernoulli_(1 - self.drop_path)
             h = h * keep / (1 - self.drop_path)

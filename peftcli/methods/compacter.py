@@ -10,11 +10,13 @@ what adapters have in common, and a thin product what is each layer's own.
 
 Variants: `compacter` behind self-attention and feed-forward, `compacter++` behind feed-forward
 alone, `phm` with a rule A and whole W_i of its own in every layer. The norms of the base train too.
-H is never made: x is seen as (n, p), and three small products follow. Where rules are shared they
-start at N(0, phm_init_range^2), so small that the start is the base to 1e-7; those of `phm` at
-N(0, 0.01^2), whatever the range, as in the code. `factorized_rule` makes A_i = l_i r_i' of two
-vectors with the same start, which the code gives each by itself. The code's `low_rank` adapter
-(a plain one of two factors) is right for rank 1 alone there, and is left out here.
+With factors H is never made: x is seen as (n, p), and three small products follow. With whole W_i
+it is made: a token costs I O multiplications either way, and n times the memory without. Where
+rules are shared they start at N(0, phm_init_range^2), so small that the start is the base to 1e-7;
+those of `phm` at N(0, 0.01^2), whatever the range, as in the code. `factorized_rule` makes A_i =
+l_i r_i' of two vectors with the same start, which the code gives each by itself. The code's
+`low_rank` adapter (a plain one of two factors) is right for rank 1 alone there, and is left out
+here.
 """
 
 from __future__ import annotations
@@ -79,8 +81,8 @@ class Weights(nn.Module):
         """sum_i x_a A_i[a, c] W_i: (..., n, p) -> (..., n, q)."""
         A = A.to(x.dtype)
         if self.W is not None:
-            z = torch.einsum("...ap,ipq->...iaq", x, self.W.to(x.dtype))
-            return torch.einsum("...iaq,iac->...cq", z, A)
+            H = torch.einsum("iac,ipq->apcq", A, self.W.to(x.dtype))
+            return torch.einsum("...ap,apcq->...cq", x, H)
         assert self.s is not None
         assert self.t is not None
         z = torch.einsum("...ap,ipr->...iar", x, self.s.to(x.dtype))

@@ -29,6 +29,7 @@ from peftcli.core.layer import Layer
 from peftcli.core.rows import RowsDelta
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.kernels.dropout import dropout
 from peftcli.kernels.lora_linear import lora_linear
 from peftcli.methods.lora import LoRADelta, LowRank
 from peftcli.methods.lora_init import INITS
@@ -129,7 +130,7 @@ class DoRADelta(MagnitudeDelta):
     def _on_plain(self, x: Tensor, layer: Layer, p: float) -> Tensor:
         """The same as g V x' + W (x - x') + b, V x' being one node."""
         W, b, lora = layer.weight, layer.bias, self.lora
-        seen = F.dropout(x, p) if p else x
+        seen = dropout(x, p) if p else x
         z = lora_linear(seen, W, None, lora.A, lora.B, lora.scale)
         rest = layer.linear(x - seen, W, b) if p else b
         g = self.gain(W).to(z.dtype)

@@ -20,14 +20,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcli.core.layer import Layer
 from peftcli.core.site import Site
-from peftcli.kernels.fourier_linear import fourier_linear
+from peftcli.kernels.fourier_linear import fourier_linear, fourier_weight
 from peftcli.methods.spectral import SpectralDelta, SpectralMethod, random_positions
 
 if TYPE_CHECKING:
@@ -41,17 +39,15 @@ class FourierFTDelta(SpectralDelta):
 
     def __init__(self, site: Site, positions: Tensor, scale: float) -> None:
         super().__init__(site, positions)
-        self.scale, self.is_linear = scale, site.kind == "linear"
+        self.scale = scale
 
-    def transform(self, spectrum: Tensor) -> Tensor:
+    def delta(self, W: Tensor) -> Tensor:
         """s Re(ifft2(F))."""
-        return torch.fft.ifft2(spectrum).real * self.scale
+        return fourier_weight(self.coefficients, self.positions, self.shape, self.scale)
 
-    def branch(self, x: Tensor, layer: Layer) -> Tensor:
-        """x dW', which a linear layer need not keep for the backward pass."""
-        if not self.is_linear:
-            return super().branch(x, layer)
-        return fourier_linear(x, self.coefficients, self.positions, self.shape, self.scale)
+    def product(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        """(W + dW) x + b."""
+        return fourier_linear(x, W, b, self.coefficients, self.positions, self.shape, self.scale)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from peftcli.core.delta import Delta, WeightDelta
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
+from peftcli.kernels.modulated_linear import modulated_linear
 from peftcli.methods.loha import kaiming
 
 if TYPE_CHECKING:
@@ -76,7 +77,10 @@ class HUTDelta(WeightDelta):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """The layer's product with W'; entries of M are dropped while training."""
         if not (self.training and self.dropout):
-            return super().forward(x, layer)
+            if self.form == "affine" or not layer.is_plain:
+                return super().forward(x, layer)
+            s, c = (1.0, -1.0) if self.form == "mul_pure" else (self.scale, 0.0)
+            return modulated_linear(x, layer.weight, layer.bias, self.M_B, self.M_A, s, c)
         W = layer.weight
         W = W + self.changed_by(W, F.dropout(self.modulation(), self.dropout))
         return layer.linear(x, W.to(x.dtype) if x.is_floating_point() else W, layer.bias)

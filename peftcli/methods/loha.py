@@ -21,37 +21,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from peftcli.core.delta import Delta, WeightDelta
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
+from peftcli.kernels.loha_linear import Pairs, hadamard_product, loha_linear
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
-
-
-def hadamard_product(W1a: Tensor, W1b: Tensor, W2a: Tensor, W2b: Tensor) -> Tensor:
-    """(W1a W1b) * (W2a W2b), (O, I). Only the factors are saved for the backward pass."""
-    return cast(Tensor, _HadamardProduct.apply(W1a, W1b, W2a, W2b))
-
-
-class _HadamardProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, W1a: Tensor, W1b: Tensor, W2a: Tensor, W2b: Tensor) -> Tensor:
-        ctx.save_for_backward(W1a, W1b, W2a, W2b)
-        return (W1a @ W1b).mul_(W2a @ W2b)
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
-        ctx: Any, *grad_outputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        (G,) = grad_outputs
-        W1a, W1b, W2a, W2b = ctx.saved_tensors
-        G1, G2 = G * (W2a @ W2b), G * (W1a @ W1b)
-        return G1 @ W1b.T, W1a.T @ G1, G2 @ W2b.T, W2a.T @ G2
 
 
 class LycorisDelta(WeightDelta):
@@ -117,6 +95,13 @@ class LoHaDelta(LycorisDelta):
             return self.scale * hadamard_product(self.W1a, self.W1b, self.W2a, self.W2b)
         P1, P2 = from_core(self.T1, self.W1a, self.W1b), from_core(self.T2, self.W2a, self.W2b)
         return self.scale * (P1 * P2).flatten(1)
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        """(W + dW) x + b, in one operation for a plain linear layer."""
+        if self.drops or not layer.is_plain:
+            return super().forward(x, layer)
+        pairs = Pairs(self.W1a, self.W1b, self.W2a, self.W2b)
+        return loha_linear(x, layer.weight, layer.bias, pairs, self.scale)
 
 
 def kaiming(*shape: int) -> nn.Parameter:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from peftcli.core.delta import Delta
 from peftcli.core.layer import Layer
 from peftcli.core.site import Site
+from peftcli.kernels.kron_linear import Kron, kron_linear
 from peftcli.methods.loha import Lycoris, LycorisDelta, from_core, hf_core, kaiming, kernel_of
 
 
@@ -90,6 +91,9 @@ class LoKrDelta(LycorisDelta):
         """W x + b + s vec(W1 x W2'), x as a (c, e) matrix."""
         if self.groups > 1:
             return super().forward(x, layer)
+        if layer.is_plain and not self.drops:
+            k = Kron(self.outer(), *self.inner())
+            return kron_linear(x, layer.weight, layer.bias, k, self.scale)
         y = layer(x)
         z = self.scale * self.product(x.to(y.dtype) if x.is_floating_point() else x, layer, y.dtype)
         if self.drops:

@@ -33,6 +33,7 @@ from peftcli.core.layer import Layer
 from peftcli.core.method import Method, Step
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.kernels.block_rotation import block_rotation
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -138,9 +139,8 @@ class OFTDelta(RotationDelta):
 
     def turn(self, x: Tensor, R: Tensor, back: bool = False) -> Tensor:
         """Block k of the features times R_k, or its transpose."""
-        x_k = x.unflatten(-1, (-1, self.b))  # (..., r, b)
-        R = (R.mT if back else R).expand(x_k.shape[-2], -1, -1)
-        return torch.einsum("...kb,kbc->...kc", x_k, R).flatten(-2)
+        R = (R.mT if back else R).expand(x.shape[-1] // self.b, -1, -1)
+        return block_rotation(x, R)
 
     @torch.no_grad()
     def project(self, eps: float) -> None:

@@ -32,12 +32,12 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from peftcli.core import weights
-from peftcli.core.layer import Layer
 from peftcli.core.scores import each_input
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.kernels.hadamard import factors, hadamard, odd_order
-from peftcli.kernels.sparse_linear import sparse_linear
+from peftcli.kernels.hadamard_linear import Factors, Sparse, hadamard_linear
+from peftcli.kernels.sparse_linear import spread
 from peftcli.methods.spectral import SpectralDelta, SpectralMethod, random_positions
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class QWHADelta(SpectralDelta):
 
     def __init__(self, site: Site, positions: Tensor, c: float) -> None:
         super().__init__(site, positions, persistent=True)  # the data choose them
-        self.scale, self.is_linear = c / site.d_out**0.5, site.kind == "linear"
+        self.scale = c / site.d_out**0.5
         left, right = factors(site.d_in)
         self.left: Tensor  # of H: (P, P) and (Q, Q), PQ = I
         self.right: Tensor
@@ -61,17 +61,15 @@ class QWHADelta(SpectralDelta):
         """x H or x H^-1 for rows x (..., I)."""
         return hadamard(x, self.left, self.right, inverse)
 
-    def transform(self, spectrum: Tensor) -> Tensor:
+    def delta(self, W: Tensor) -> Tensor:
         """(c / sqrt(O)) F H^-1."""
-        return self.scale * self.hadamard(spectrum, inverse=True)
+        F = spread(self.positions, self.coefficients, self.shape)
+        return self.scale * self.hadamard(F, inverse=True)
 
-    def branch(self, x: Tensor, layer: Layer) -> Tensor:
-        """x dW' = (c / sqrt(O)) (x H / I) F': the transform of fewer rows, the inputs or dW's."""
-        d_out, d_in = self.shape
-        if not self.is_linear or x.numel() // d_in >= d_out:
-            return super().branch(x, layer)
-        z = self.hadamard(x).mul(self.scale / d_in).to(x.dtype)
-        return sparse_linear(z, self.positions, self.coefficients, d_out)
+    def product(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        """(W + dW) x + b."""
+        F = Sparse(self.coefficients, self.positions, self.shape[0])
+        return hadamard_linear(x, W, b, F, Factors(self.left, self.right), self.scale)
 
     @torch.no_grad()
     def start(self, dE: Tensor, G: Tensor, alloc_power: float, damp: float) -> None:

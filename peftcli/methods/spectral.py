@@ -18,7 +18,6 @@ from peftcli.core.delta import WeightDelta
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
-from peftcli.kernels.sparse_linear import spread
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -37,27 +36,26 @@ class SpectralDelta(WeightDelta):
 
     def __init__(self, site: Site, positions: Tensor, persistent: bool = False) -> None:
         super().__init__()
-        self.shape = (site.d_out, site.d_in)
+        self.shape, self.is_linear = (site.d_out, site.d_in), site.kind == "linear"
         self.coefficients = nn.Parameter(torch.zeros(len(positions)))  # (n,)
         self.positions: Tensor  # (n,), flat in (O, I)
         self.register_buffer("positions", positions.clone(), persistent=persistent)
 
-    def transform(self, spectrum: Tensor) -> Tensor:
-        """T(F), (O, I)."""
+    def product(self, x: Tensor, W: Tensor | None, b: Tensor | None) -> Tensor:
+        """(W + dW) x + b of a linear layer; without W, dW x + b."""
         raise NotImplementedError
 
-    def delta(self, W: Tensor) -> Tensor:
-        """T(F)."""
-        return self.transform(spread(self.positions, self.coefficients, self.shape))
-
-    def branch(self, x: Tensor, layer: Layer) -> Tensor:
-        """The product of `x` with dW; a transform may have a cheaper way."""
-        dW = self.delta(layer.weight)
-        return layer.linear(x, dW.to(x.dtype) if x.is_floating_point() else dW)
-
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """W x + b + dW x: added to the output, since a sum of weights would round dW away."""
-        return layer(x) + self.branch(x, layer)
+        """(W + dW) x + b in one operation for a plain linear layer; else dW has a product of its
+        own, since a sum of weights would round it away.
+        """
+        if layer.is_plain:
+            return self.product(x, layer.weight, layer.bias)
+        y = layer(x)
+        if self.is_linear:
+            return y + self.product(x.to(y.dtype), None, None)
+        dW = self.delta(layer.weight)
+        return y + layer.linear(x, dW.to(x.dtype) if x.is_floating_point() else dW)
 
 
 class SpectralMethod(Method):

@@ -30,6 +30,7 @@ from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.kernels.lora_linear import lora_linear
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -78,6 +79,10 @@ class VeRADelta(WeightDelta):
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """W x + bias + b * (B (d * (A drop(x)))); the backward pass needs A x and not x."""
         A, B = self.projections()
+        if layer.is_plain:
+            p = self.dropout if self.training else 0.0
+            changed = self.b[:, None] * (B * self.d)  # (O, R)
+            return lora_linear(x, layer.weight, layer.bias, A, changed, 1.0, p)
         y = layer(x)
         x = F.dropout(x, self.dropout, self.training).to(y.dtype)
         u = layer.linear(x, A.to(y.dtype))
