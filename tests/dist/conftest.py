@@ -60,7 +60,7 @@ def together(tmp_path: Path) -> Together:
 
         def be_rank(rank: int) -> None:
             torch.set_num_threads(1)
-            store, limit = f"file://{folder}/store", timedelta(seconds=60)
+            store, limit = f"file://{folder}/store", timedelta(seconds=300)
             dist.init_process_group("gloo", store, limit, n, rank)
             torch.save(work(Group(torch.device("cpu"))), folder / f"rank-{rank}")
             dist.barrier()

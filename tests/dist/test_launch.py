@@ -31,7 +31,7 @@ def when_it_trains(folder: Path, act: Callable[[], None]) -> threading.Thread:
     """Act once the first step is in the metrics."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             if (folder / "metrics.jsonl").exists() and any("loss" in s for s in steps(folder)):
                 return act()
