@@ -7,13 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftcli.kernels.gpu.products import launch
+
 
 def walsh(x: Tensor) -> Tensor:
     """x S, not normalised, summed in float32. x (M, D), contiguous, D a power of two -> (M, D)."""
     M, D = x.shape
     y = torch.empty_like(x)
     rows = max(1, min(1024 // D, triton.next_power_of_2(M)))
-    _walsh[(triton.cdiv(M, rows),)](x, y, M, D=D, ROWS=rows, LEVELS=D.bit_length() - 1)
+    grid = (triton.cdiv(M, rows),)
+    launch(_walsh, grid, x, y, M, D=D, ROWS=rows, LEVELS=D.bit_length() - 1)
     return y
 
 
