@@ -25,7 +25,7 @@ def _walsh(X, Y, M, D: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr):
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = m[:, None] * D + tl.arange(0, D)
     x = tl.load(X + at, m[:, None] < M, 0.0).to(tl.float32)
-    for level in tl.static_range(LEVELS):
+    for level in tl.static_range(LEVELS):  # pyright: ignore[reportGeneralTypeIssues]
         h: tl.constexpr = 1 << level
         pairs = tl.permute(tl.reshape(x, (ROWS * D // (2 * h), 2, h)), (0, 2, 1))
         a, b = tl.split(pairs)
