@@ -29,8 +29,8 @@ from peftcli.core.layer import Layer
 from peftcli.core.rows import RowsDelta
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
+from peftcli.kernels.dora_linear import dora_linear
 from peftcli.kernels.dropout import dropout
-from peftcli.kernels.lora_linear import lora_linear
 from peftcli.methods.lora import LoRADelta, LowRank
 from peftcli.methods.lora_init import INITS
 
@@ -128,13 +128,11 @@ class DoRADelta(MagnitudeDelta):
         return y + self.along(g - 1, y) * Wx + self.along(g * lora.scale, y) * h
 
     def _on_plain(self, x: Tensor, layer: Layer, p: float) -> Tensor:
-        """The same as g V x' + W (x - x') + b, V x' being one node."""
+        """The same as g V x' + W (x - x') + b."""
         W, b, lora = layer.weight, layer.bias, self.lora
         seen = dropout(x, p) if p else x
-        z = lora_linear(seen, W, None, lora.A, lora.B, lora.scale)
         rest = layer.linear(x - seen, W, b) if p else b
-        g = self.gain(W).to(z.dtype)
-        return z * g if rest is None else torch.addcmul(rest.to(z.dtype), z, g)
+        return dora_linear(seen, W, rest, lora.A, lora.B, self.gain(W), lora.scale)
 
 
 @dataclass(frozen=True)

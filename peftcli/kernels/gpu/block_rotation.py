@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftcli.kernels.gpu.products import options, tile
+from peftcli.kernels.gpu.products import launch, options, tile
 
 
 def turned(x_TnD: Tensor, J: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def turned(x_TnD: Tensor, J: Tensor) -> Tensor:
     z = torch.empty_like(x_TnD)
     BT = min(64, tile(T))
     grid = (triton.cdiv(T, BT), n)
-    _turned[grid](x_TnD, J, z, T, n, D, *J.stride(), BT=BT, BD=tile(D), **options())
+    launch(_turned, grid, x_TnD, J, z, T, n, D, *J.stride(), BT=BT, BD=tile(D), **options())
     return z
 
 
@@ -40,7 +40,7 @@ def outer(x_TnD: Tensor, dz_TnD: Tensor) -> Tensor:
     T, n, D = x_TnD.shape
     J = torch.empty(n, D, D, dtype=torch.float32, device=x_TnD.device)
     BT = min(64, tile(T))
-    _outer[(n,)](x_TnD, dz_TnD, J, T, n, D, BT=BT, BD=tile(D), **options())
+    launch(_outer, (n,), x_TnD, dz_TnD, J, T, n, D, BT=BT, BD=tile(D), **options())
     return J
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftcli.kernels.gpu.products import options, tile
+from peftcli.kernels.gpu.products import launch, options, tile
 
 
 def product_plus(
@@ -31,7 +31,9 @@ def product_plus(
     y = x.new_empty(M, N)
     z = None if g is None else torch.empty_like(y)
     BM, BN = (min(64, tile(n)) for n in (M, N))
-    _product_plus[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
+    launch(
+        _product_plus,
+        (triton.cdiv(M, BM) * triton.cdiv(N, BN),),
         *(x, W, h, B, b, g, y, z, M, N, K, R, scale),
         *(*x.stride(), *W.stride(), *h.stride(), *B.stride()),
         **{"BM": BM, "BN": BN, "BK": min(32, tile(K)), "BR": tile(R)},
@@ -83,7 +85,9 @@ def thin_gradients(dy: Tensor, B: Tensor, h: Tensor, scale: float) -> tuple[Tens
     parts = triton.cdiv(M, BM)
     u = dy.new_empty(M, R)
     dB = torch.empty(parts, N, R, dtype=torch.float32, device=dy.device)
-    _thin_gradients[(parts,)](
+    launch(
+        _thin_gradients,
+        (parts,),
         *(dy, B, h, u, dB, M, N, R, scale, *dy.stride(), *B.stride(), *h.stride()),
         **{"BM": BM, "BN": BN, "BR": tile(R)},
         **options(),

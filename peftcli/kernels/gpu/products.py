@@ -10,6 +10,11 @@ import triton
 from peftcli.kernels.choice import IS_INTERPRETED
 
 
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **sizes: Any) -> None:
+    """Run a kernel on a grid; its `constexpr` sizes are plain numbers to its caller."""
+    kernel[grid](*args, **sizes)
+
+
 def options() -> dict[str, Any]:
     """Precision of products: as torch's own, and float32 in the interpreter."""
     tf32 = torch.backends.cuda.matmul.allow_tf32

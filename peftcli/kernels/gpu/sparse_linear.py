@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftcli.kernels.gpu.products import launch
+
 
 def entries(dy_OT: Tensor, x_IT: Tensor, indices: Tensor) -> Tensor:
     """(dy x')[o, i] at the flat positions `indices` (K,) of (O, I), in float32. dy (O, T) and x (I,
@@ -16,7 +18,7 @@ def entries(dy_OT: Tensor, x_IT: Tensor, indices: Tensor) -> Tensor:
     found = torch.empty(K, dtype=torch.float32, device=x_IT.device)
     BK, BT = 32, min(128, triton.next_power_of_2(T))
     grid = (triton.cdiv(K, BK),)
-    _entries[grid](dy_OT, x_IT, indices, found, len(x_IT), T, K, BK=BK, BT=BT)
+    launch(_entries, grid, dy_OT, x_IT, indices, found, len(x_IT), T, K, BK=BK, BT=BT)
     return found
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftcli.kernels import choice
 from peftcli.kernels.block_rotation import block_rotation, block_rotation_ref
+from peftcli.kernels.dora_linear import dora_linear, dora_linear_ref
 from peftcli.kernels.hadamard import factors, hadamard, hadamard_ref
 from peftcli.kernels.lora_linear import Branch, lora_linear_ref, lora_linears
 from peftcli.kernels.sparse_linear import sparse_linear, sparse_linear_ref
@@ -40,6 +41,12 @@ def test_the_lora_linear(count: int, device: torch.device) -> None:
     branches = [Branch(W, b, A, B, 0.5), Branch(W, None, A, B, 1.5)][:count]
     ours = torch.cat(lora_linears(x, branches), -1)
     agree(ours, torch.cat([lora_linear_ref(x, *branch) for branch in branches], -1), [x, A, B])
+
+
+def test_the_dora_linear(device: torch.device) -> None:
+    x, W, b, A, B, g = leaves(device, (3, 5, 7), (9, 7), (9,), (2, 7), (9, 2), (9,))
+    W, b = W.detach(), b.detach()
+    agree(*(f(x, W, b, A, B, g, 0.5) for f in (dora_linear, dora_linear_ref)), [x, A, B, g])
 
 
 @pytest.mark.parametrize(("n", "b"), [(3, 4), (2, 33)])
