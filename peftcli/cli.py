@@ -9,10 +9,9 @@ import os
 import signal
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
 from peftcli.dist import causes
@@ -191,9 +190,8 @@ def train(words: list[str]) -> int:
 
         return run.train(config.typed(cfg, args.config_dirs), cfg)
 
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # another launcher's: rank 0 alone writes what Hydra does
+    # started by another launcher: rank 0 alone writes what Hydra does
+    if os.environ.get("RANK", "0") != "0":
         name = args.config_name or hydra_app.cards.ROOT
         cfg = hydra_app.compose(args.overrides, args.config_dirs, name)
         return task(cfg, Path(cfg.run_dir))
@@ -231,7 +229,7 @@ def rank(words: list[str]) -> int:
 
     from peftcli import config, run
 
-    cfg = typing.cast("DictConfig", OmegaConf.load(words[0]))
+    cfg = cast("DictConfig", OmegaConf.load(words[0]))
     return run.train(config.typed(cfg), cfg)
 
 
