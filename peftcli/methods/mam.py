@@ -11,7 +11,8 @@ adapter beside every feed-forward part, which a large budget serves best: the un
 While it trains the prefix comes out of a map (`prefix_mlp`), which is folded at the end; without
 one it starts at N(0, 0.02^2). The start is not the base: the prefix takes its share of the softmax
 at once. Tokens keep their positions. The paper's RoBERTa code also makes maps and adapters that
-nothing reads; here are none.
+nothing reads; here are none. Hugging Face peft has no such union, and its prefix moves the tokens'
+positions, so the adapter is kept in our own format.
 """
 
 from __future__ import annotations
@@ -46,19 +47,22 @@ class MAM(Method):
     ffn_scale: float | Literal["learned"] = 4.0
     ffn_init: Literal["lora", "bert"] = "lora"
 
+    @property
+    def _prefix(self) -> PrefixTuning:
+        return PrefixTuning(
+            prefix_length=self.prefix_length,
+            prefix_projection=self.prefix_mlp,
+            mid_dim=self.prefix_mid_dim,
+            prefix_dropout=self.prefix_dropout,
+            position_offset="zero",
+        )
+
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Both parts, under one name."""
         if not self.prefix_length and not self.ffn_r:
             raise ConfigError("method.prefix_length=0 and method.ffn_r=0 leave nothing to train.")
         if self.prefix_length:
-            prefix = PrefixTuning(
-                prefix_length=self.prefix_length,
-                prefix_projection=self.prefix_mlp,
-                mid_dim=self.prefix_mid_dim,
-                prefix_dropout=self.prefix_dropout,
-                position_offset="zero",
-            )
-            graft_prefix(host, prefix, data)
+            graft_prefix(host, self._prefix, data)
         if self.ffn_r:
             ffn = ParallelAdapter(
                 ffn_r=self.ffn_r, ffn_scale=self.ffn_scale, ffn_init=self.ffn_init
@@ -75,3 +79,11 @@ class MAM(Method):
         """Without the map, once it is folded."""
         folded = all(delta.B is None for delta in prefixes_of(host, name))
         return replace(self, prefix_mlp=self.prefix_mlp and not folded)
+
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """peft has one part or the other, and moves tokens behind a prefix."""
+        if not self.prefix_length:
+            return super().hf_refuses(host, name)
+        if self.ffn_r:
+            return "peft has no adapter of a prefix and branches beside feed-forward parts together"
+        return self._prefix.hf_refuses(host, name)
