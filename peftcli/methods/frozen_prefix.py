@@ -127,14 +127,16 @@ def reached(block: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 @contextmanager
 def answering(modules: Sequence[nn.Module], answer: Callable[..., Any]) -> Iterator[None]:
-    """Within, each of the modules gives `answer(input, ...)`."""
-    for module in modules:
-        cast(Any, module).forward = answer
+    """Within, each of the modules gives `answer(input, ...)`, compiled ones too."""
+    held = [(cast(Any, module), module._compiled_call_impl) for module in modules]
+    for module, _ in held:
+        module.forward, module._compiled_call_impl = answer, None
     try:
         yield
     finally:
-        for module in modules:
-            del cast(Any, module).forward
+        for module, compiled in held:
+            del module.forward
+            module._compiled_call_impl = compiled
 
 
 def _rows(x: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
