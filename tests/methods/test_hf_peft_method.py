@@ -98,7 +98,7 @@ def test_a_tuner_trains_beside_a_base_that_stays_as_it_was(kind: str) -> None:
     optimizer = torch.optim.Adam(host.trained().values(), lr=1e-2)
     host.model.train()
     losses = []
-    for _ in range(4):
+    for _ in range(6):
         rows = host.model(**batch, use_cache=False).logits[:, :-1]
         loss = nn.functional.cross_entropy(rows.flatten(0, 1), batch["labels"][:, 1:].flatten())
         loss.backward()
