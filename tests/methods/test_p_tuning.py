@@ -251,10 +251,13 @@ def test_a_run_with_words_for_classes_trains_the_prompt_alone(
     assert result["train_info"]["num_trainable_params"] == 9 * 32  # folded, and no classifier
     again = json.loads(cli("eval", "run", "--json").stdout)["metrics"]
     assert again["loss"] == pytest.approx(after["loss"], abs=1e-5)
-    said = cli(*words, "method.label_words={no: bad, yes: goodness}", "run_dir=x", code=2).stderr
-    assert "'goodness' is ['good'," in said
-    said = cli(*words, "method.label_words={no: bad}", "run_dir=x", code=2).stderr
-    assert "the classes are no, yes" in said
+    bare = [word for word in words if "label_words" not in word]
+    for given, why in {
+        "{no: bad, yes: goodness}": "'goodness' is ['good',",
+        "{no: bad}": "the classes are no, yes",
+        "{no: good, yes: good}": "must give each class a word of its own",
+    }.items():
+        assert why in cli("check", *bare, f"method.label_words={given}", code=2).stderr
 
 
 def test_words_need_a_masked_head(cli: Cli, models: Path) -> None:
