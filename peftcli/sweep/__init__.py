@@ -1,1 +1,1 @@
-"""Sweeps: many runs of one command line."""
+"""Many runs from one line: planned, divided among processes and machines, and kept account of."""

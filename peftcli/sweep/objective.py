@@ -10,7 +10,7 @@ from peftcli.errors import ConfigError, did_you_mean
 from peftcli.settings import Sweep
 from peftcli.train.better import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
-COSTS = {"num_trainable_params", "file_size", "optimizer_bytes", "peak_memory", "seconds"}
+COSTS = {"num_trainable_params", "file_size", "peak_memory", "train_time"}
 BY_ITSELF = ("accuracy", "pearson", "loss")  # what `auto` takes, the first that runs have
 Scores = tuple[float, ...]  # one for each metric; larger is better
 

@@ -54,13 +54,6 @@ class Study:
 
     def __post_init__(self) -> None:
         check(self.sweep, self.space)
-        known = {name for m in self._methods for name in (m, self.family_of(m))}
-        for name in self.sweep.lr_scale:
-            if name not in known:
-                raise ConfigError(
-                    f"sweep.lr_scale.{name}: no swept method and no family of one."
-                    f"{did_you_mean(name, known)} There are {', '.join(sorted(known))}."
-                )
 
     # -- what is compared --------------------------------------------------------------------------
     @cached_property
@@ -68,10 +61,6 @@ class Study:
         """Every combination of the values compared, with its space; learning rates are scaled."""
         apart = self.space.apart(self.sweep.compare)
         return [Cell(fixed, space.scaled(LR, self._lr_factor(fixed))) for fixed, space in apart]
-
-    @property
-    def _methods(self) -> list[str]:
-        return [values_of(cell)["method"] for cell in self.space.only(["method"]).points() if cell]
 
     def _lr_factor(self, fixed: Point) -> float:
         method = values_of(fixed).get("method", "")
@@ -93,6 +82,12 @@ class Study:
         given = () if seed is None else (f"{SEED}={seed}",)
         part = (f"{PART}={'report' if test else 'tuning'}",) if self.is_reported else ()
         return (*settings, *given, *part)
+
+    def cell_of(self, overrides: Sequence[str]) -> Cell | None:
+        """The cell that a tuning run belongs to; None for other runs."""
+        if int(values_of(overrides).get(SEED, -1)) in self.sweep.test_seeds:
+            return None
+        return next((cell for cell in self.cells if set(cell.fixed) <= set(overrides)), None)
 
     # -- what was run ------------------------------------------------------------------------------
     def objective(self, trials: Iterable[Trial]) -> Objective:
@@ -117,10 +112,10 @@ class Study:
                     f"{' '.join(trial.overrides)}: a tuning run must not see the examples that "
                     "are kept for the report."
                 )
-            for cell, results in zip(self.cells, found, strict=True):
-                point = cell.space.point_in(given)
-                if point is not None and set(cell.fixed) <= set(trial.overrides):
-                    results.note(point, seed, trial, goal)
+            cell = self.cell_of(trial.overrides)
+            point = cell.space.point_in(given) if cell else None
+            if cell is not None and point is not None:
+                found[self.cells.index(cell)].note(point, seed, trial, goal)
         return found
 
     # -- what to run -------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def hopeless(
     came to their end, whose steps are all as many.
     """
     least = max(sweep.prune_after, TO_PREDICT) if sweep.prune == "predict" else sweep.prune_after
-    if sweep.prune == "off" or not curve or is_control(overrides):
+    if sweep.prune == "none" or not curve or is_control(overrides):
         return None
     step, total = max(curve), max((max(c) for c in finished if c), default=0)
     whole = [c for c in finished if c and max(c) == total and curve.keys() <= c.keys()]

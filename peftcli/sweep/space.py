@@ -196,12 +196,12 @@ class Space:
         return hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()
 
 
-def parse(words: Sequence[str], config_loader: Any = None) -> Space:
-    """The swept ones among the words of a command line, in Hydra's grammar."""
+def parse(words: Sequence[str]) -> Space:
+    """The swept ones among overrides in Hydra's grammar."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    overrides = OverridesParser.create(config_loader).parse_overrides(list(words))
-    return Space(tuple(_dimension(o) for o in overrides if o.is_sweep_override()))
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    return Space(tuple(dimension(o) for o in overrides if o.is_sweep_override()))
 
 
 def values_of(overrides: Sequence[str]) -> dict[str, str]:
@@ -209,7 +209,12 @@ def values_of(overrides: Sequence[str]) -> dict[str, str]:
     return {key: text for key, _, text in (o.partition("=") for o in overrides)}
 
 
-def _dimension(override: Any) -> Dimension:
+def dimension(override: Any) -> Dimension:
+    """What an override of Hydra's sweeps over.
+
+    Raises:
+        ConfigError: nothing, or an interval that is none.
+    """
     key, sweep = override.get_key_element(), override.value()
     if override.is_interval_sweep():
         return _interval(key, sweep.start, sweep.end, sweep.tags)

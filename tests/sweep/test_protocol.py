@@ -15,6 +15,7 @@ from peftcli.settings import Sweep
 from peftcli.sweep import incumbent, seeds
 from peftcli.sweep.protocol import Study
 from peftcli.sweep.results import Results
+from peftcli.sweep.searching import searching
 from peftcli.sweep.space import parse, values_of
 from tests.sweep.ledgers import Member, go_on, names, sweep
 
@@ -49,7 +50,6 @@ def of_stage(members: list[Member], part: str) -> list[Member]:
         ({"seed_order": "race"}, LINE, "several tuning_seeds"),
         ({"compare": ("methd",)}, LINE, "Did you mean method"),
         ({"lr_scale": {"lora": 2.0}}, ["method=lora,dora"], "sweep both"),
-        ({"lr_scale": {"lroa": 2.0}}, LINE, "Did you mean lora"),
         (PROTOCOL, [*LINE, "dataset.eval_part=tuning,report"], "leave it out"),
     ],
 )
@@ -206,6 +206,12 @@ def test_a_race_drops_what_is_two_standard_errors_behind(tmp_path: Path) -> None
     assert seeds.is_behind([(0.7,), (0.7,)], best)  # 0.2 > 2 sqrt(0.01 / 3) = 0.115
     assert not seeds.is_behind([(0.8,), (0.8,)], best)
     assert not seeds.is_behind([(0.1,)], best)  # of one run there is no error
+
+
+def test_rates_of_what_is_no_method_are_refused() -> None:
+    with pytest.raises(ConfigError, match="Did you mean lora"):
+        searching(Sweep(lr_scale={"lroa": 2.0}), SPACE, LINE, ())
+    assert searching(Sweep(lr_scale={"low-rank": 2.0}), SPACE, LINE, ()).study.cells[0].space
 
 
 @pytest.mark.parametrize("rule", ["rungs", "race"])
