@@ -139,7 +139,7 @@ class Study:
         """(setting, seed) that a cell allows by now, of settings tried and of new ones."""
         tried, count = results.points, self.num_settings(cell)
         is_full = len(tried) >= count or self.is_spent(results)
-        rule, own = self.sweep.seed_order, search.draw(self.sweep.search_seed, cell.name)
+        rule, own = self.sweep.seed_order, self.sweep.search_seed  # the same draws for all cells
         order = search.in_order(self.sweep.search, cell.space, own)
         if order is not None and not self.has_budget:
             points = list(itertools.islice(order, int(count)))

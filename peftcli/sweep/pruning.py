@@ -20,6 +20,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 
@@ -83,8 +84,8 @@ def _behind_prediction(curve: Curve, finished: Sequence[Curve]) -> tuple[float, 
 # -- the regression --------------------------------------------------------------------------------
 def features(values: Sequence[float]) -> list[float]:
     """Values, their first and their second differences: 3 tau - 3 numbers of tau >= 2 values."""
-    first = [b - a for a, b in zip(values, values[1:], strict=False)]
-    second = [b - a for a, b in zip(first, first[1:], strict=False)]
+    first = [b - a for a, b in pairwise(values)]
+    second = [b - a for a, b in pairwise(first)]
     return [*values, *first, *second]
 
 

@@ -1,4 +1,4 @@
-"""How many tuning seeds each setting gets: all, more on every rung, or as long as it is in the race.
+"""How many tuning seeds a setting gets: all, more on every rung, or while it is in the race.
 
 Fixed rules, functions of the results alone. The numbers are ours; rungs are successive halving over
 seeds (K. Jamieson, A. Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from peftcli.sweep import objective
 from peftcli.sweep.objective import Scores
 from peftcli.sweep.results import Results, Seed
 from peftcli.sweep.space import Point

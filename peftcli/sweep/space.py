@@ -1,8 +1,8 @@
 """What a sweep searches over: the swept words of a command line as typed dimensions.
 
-    method=lora,dora   method.r=4,8,16   method.r=range(4,17,4)        choices, numbers in their order
-    optimizer.lr=interval(1e-5,1e-2)   'optimizer.lr=tag(log,interval(1e-5,1e-2))'
-    'method.r=int(interval(2,64))'                                     whole numbers
+    method=lora,dora   method.r=4,8,16   'method.r=range(4,17,4)'    choices, numbers in order
+    'optimizer.lr=interval(1e-5,1e-2)'   'optimizer.lr=tag(log,interval(1e-5,1e-2))'
+    'method.r=int(interval(2,64))'                                   whole numbers
 
 A value becomes the text behind `=` once and is never parsed into anything finer than that text, so
 that a point means the same in a ledger, on a command line and to a search.

@@ -99,7 +99,8 @@ def test_random_points_are_distinct_and_do_not_depend_on_how_many_are_asked_for(
     points = list(order)
     assert len(points) == len(set(points)) == 6
     few, other = (search.in_order("random", BRANIN, seed) for seed in (0, 1))
-    assert few is not None and other is not None
+    assert few is not None
+    assert other is not None
     assert list(islice(few, 3)) != list(islice(other, 3))
 
 
