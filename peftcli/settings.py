@@ -252,7 +252,9 @@ class Sweep:
     )
     workers: Positive = 1  # processes that another launcher starts, each with its own `jobs`
     launcher_options: dict[str, Any] = field(default_factory=dict)  # arguments of that launcher
-    search: Literal["grid", "random", "optuna"] = "grid"  # optuna: its TPE, of the extra `optuna`
+    search: Literal["grid", "random", "optuna", "de"] = (
+        "grid"  # optuna: its TPE, of the extra `optuna`; de: differential evolution
+    )
     trials: Positive | None = None  # settings tried of each `compare`; None: all, or 20 of no end
     search_seed: int = 0  # of what is drawn
     metric: str | tuple[str, ...] = "auto"  # auto: accuracy, pearson or loss; several: a front

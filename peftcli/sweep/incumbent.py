@@ -179,13 +179,14 @@ def checklist(
     no entry is empty.
     """
     sweep, goal = study.sweep, study.objective(trials)
-    tool = {"grid": "grid", "random": "random search", "optuna": "TPE by Optuna"}[sweep.search]
     return {
         "separation": "tuning and test seeds are disjoint; tuning runs evaluate one half of the "
         "held-out examples, test runs the other (dataset.eval_part)",
-        "tool": {"peftcli": __version__, "algorithm": tool, "seed": sweep.search_seed},
+        "tool": {"peftcli": __version__, "search": sweep.search, "seed": sweep.search_seed},
         "space": study.space.describe(),
-        "cost_metric": {n: "max" if s > 0 else "min" for n, s in zip(*_pair(goal), strict=True)},
+        "metric": {
+            n: "max" if s > 0 else "min" for n, s in zip(goal.names, goal.signs, strict=True)
+        },
         "budget": study.budget,
         "budget_is_equal": True,  # refused otherwise
         "lr_scale": sweep.lr_scale or "none",
@@ -198,7 +199,3 @@ def checklist(
         "line": list(line),
         "environment": {"python": platform.python_version(), "platform": platform.platform()},
     }
-
-
-def _pair(goal: Any) -> tuple[Sequence[str], Sequence[int]]:
-    return goal.names, goal.signs

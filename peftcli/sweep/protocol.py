@@ -150,8 +150,8 @@ class Study:
         if order is not None:
             new = next(p for p in order if p not in results.tried)
         else:
-            new = search.next_point(cell.space, results.tried, own)
-        return seeds.allowed(rule, [new], results, self.seeds, is_full)
+            new = search.next_point(self.sweep.search, cell.space, results.tried, own)
+        return seeds.allowed(rule, [new], results, self.seeds, is_full) if new else []
 
     # -- budgets -----------------------------------------------------------------------------------
     @property
@@ -257,6 +257,8 @@ def _check_search(sweep: Sweep, space: Space, keys: set[str]) -> None:
             f"sweep.compare: {', '.join(sorted(unknown))} is not swept."
             f"{did_you_mean(min(unknown), keys)}"
         )
+    if sweep.search == "de" and not isinstance(sweep.metric, str):
+        raise ConfigError("sweep.search=de: needs one metric; several go with optuna.")
     if sweep.search == "grid":
         next(space.points(), None)  # has values to list
         if sweep.trials:

@@ -104,9 +104,8 @@ class Results:
 
     @property
     def tried(self) -> dict[Point, Scores | None]:
-        """Every setting with what a search is told of it; None: nothing has ended yet."""
+        """Every setting with what a search is told of it; None: some of its runs have not ended."""
         means = {p: self.mean(p) for p in self.points}
         known = [m for m in means.values() if m]
         worst = tuple(map(min, zip(*known, strict=True))) if known else None
-        told = {p: m or (worst if self.ended(p) else None) for p, m in means.items()}
-        return dict(sorted(told.items()))
+        return {p: None if self.pending.get(p) else means[p] or worst or (0.0,) for p in means}

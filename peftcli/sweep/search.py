@@ -5,6 +5,7 @@ is killed goes on as it would have, and several workers that ask one after the o
 
 Random search: Bergstra, Bengio, "Random Search for Hyper-Parameter Optimization", JMLR 2012.
 TPE: Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011, by Optuna.
+Differential evolution: see `evolution`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peftcli.errors import ConfigError
+from peftcli.sweep import evolution
 from peftcli.sweep.objective import Scores
 from peftcli.sweep.space import Choices, Dimension, Point, Space, values_of
 
@@ -39,12 +41,23 @@ def how_many(space: Space, trials: int | None) -> int:
     return min(wanted, wanted if space.size is None else space.size)
 
 
-def next_point(space: Space, tried: Tried, seed: int) -> Point:
-    """The point that TPE asks for after those `tried`; one that is not among them."""
+def next_point(kind: str, space: Space, tried: Tried, seed: int) -> Point | None:
+    """The point that a search asks for after those `tried`, one that is not among them; None where
+    it waits for what runs.
+    """
+    if kind == "de":
+        new = evolution.next_points(space, tried, seed)
+        is_running = None in tried.values()
+        return new[0] if new else None if is_running else _unseen(space, tried, seed)
     for attempt in range(ATTEMPTS):
         point = _tpe(space, tried, draw(seed, len(tried), attempt))
         if point not in tried:
             return point
+    return _unseen(space, tried, seed)
+
+
+def _unseen(space: Space, tried: Tried, seed: int) -> Point:
+    """A random point where a search finds no new one."""
     return next(p for p in _random(space, draw(seed, len(tried))) if p not in tried)
 
 

@@ -15,7 +15,7 @@ from peftcli.sweep import search
 from peftcli.sweep.objective import objective
 from peftcli.sweep.protocol import Study
 from peftcli.sweep.space import Choices, Interval, Space, parse
-from tests.sweep.ledgers import go_on, names, sweep, sweep_by_workers
+from tests.sweep.ledgers import Member, go_on, names, sweep, sweep_by_workers
 
 WORDS = (
     "+recipe=lora_llama",
@@ -132,19 +132,19 @@ def test_a_search_killed_after_any_run_goes_on_as_it_would_have(kind: str, tmp_p
     whole = sweep(study(kind, trials=14), tmp_path, branin)
     for killed_after in (1, 5, 11, 13):
         members = sweep(study(kind, trials=14), tmp_path, branin, most=killed_after)
-        go_on(study(kind, trials=14), tmp_path, branin, list(reversed(members)))
+        go_on(study(kind, trials=14), tmp_path, branin, members[::-1])
         go_on(study(kind, trials=14), tmp_path, branin, members)
         assert names(members) == names(whole)
 
 
 def test_what_is_proposed_does_not_depend_on_the_ledger_s_order(tmp_path: Path) -> None:
     members = sweep(study("optuna", trials=30), tmp_path, branin, most=29)
-    forth = search.next_point(BRANIN, *_tried(members), 0)
-    assert search.next_point(BRANIN, *_tried(list(reversed(members))), 0) == forth
+    forth = search.next_point("optuna", BRANIN, _tried(members), 0)
+    assert search.next_point("optuna", BRANIN, _tried(members[::-1]), 0) == forth
 
 
-def _tried(members: list) -> tuple[dict]:
-    return ({m.overrides: (-m.metrics["loss"],) for m in members},)
+def _tried(members: list[Member]) -> search.Tried:
+    return {m.overrides: (-m.metrics["loss"],) for m in members}
 
 
 def test_workers_share_a_search_and_no_point_is_tried_twice(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_several_metrics_give_a_pareto_front(tmp_path: Path) -> None:
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"peftcli\[optuna\]"):
-        search.next_point(BRANIN, {}, 0)
+        search.next_point("optuna", BRANIN, {}, 0)
 
 
 def test_an_empty_space_has_one_point() -> None:
