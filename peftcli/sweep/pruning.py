@@ -36,13 +36,18 @@ Curve = Mapping[int, float]  # optimizer step -> value; larger is better
 def hopeless(
     sweep: Sweep, goal: Objective, overrides: Sequence[str], curve: Curve, finished: Sequence[Curve]
 ) -> str | None:
-    """Why a run is to be stopped, in one line; None: it goes on.
+    """Why a run is to be stopped, in one line; None: it goes on, as a control does in any case."""
+    return None if is_control(overrides) else judged(sweep, goal, curve, finished)
+
+
+def judged(sweep: Sweep, goal: Objective, curve: Curve, finished: Sequence[Curve]) -> str | None:
+    """What the rule says of a curve, in one line; None: it may be the best.
 
     `curve`: its evaluations after its start. `finished`: those of runs of the same cell that
     came to their end, whose steps are all as many.
     """
     least = max(sweep.prune_after, TO_PREDICT) if sweep.prune == "predict" else sweep.prune_after
-    if sweep.prune == "none" or not curve or is_control(overrides):
+    if sweep.prune == "none" or not curve:
         return None
     step, total = max(curve), max((max(c) for c in finished if c), default=0)
     whole = [c for c in finished if c and max(c) == total and curve.keys() <= c.keys()]
@@ -52,16 +57,34 @@ def hopeless(
     found = behind(curve, whole)
     if found is None:
         return None
-    value, other = (f"{goal.names[0]} {goal.signs[0] * v:.4g}" for v in found)
+    value, other = (f"{goal.signs[0] * v:.4g}" for v in found)
+    here = f"hopeless: {goal.names[0]} {value}"
     if sweep.prune == "median":
-        return f"hopeless: {value} by step {step}, the median of {len(whole)} runs is {other}"
-    return f"hopeless: {value} foretold at step {step}, the best of {len(whole)} runs has {other}"
+        return f"{here} by step {step}, the median of {len(whole)} runs is {other}"
+    return f"{here} foretold at step {step}, the best of {len(whole)} runs has {other}"
 
 
 def is_control(overrides: Sequence[str]) -> bool:
     """Whether a run goes to its end whatever its curve, by a hash of what it is."""
     digest = hashlib.sha256("\n".join(sorted(overrides)).encode()).digest()
     return int.from_bytes(digest[:4]) % CONTROLS == 0
+
+
+def wrong_stops(
+    sweep: Sweep, goal: Objective, curves: Mapping[tuple[str, ...], Curve]
+) -> tuple[int, int, int]:
+    """Of finished runs: controls, those that the rule would have stopped by what the others came
+    to, and those of these that ended as the best of all.
+    """
+    best = max((c[max(c)] for c in curves.values() if c), default=0.0)
+    controls = {name: c for name, c in curves.items() if c and is_control(name)}
+    stopped = []
+    for name, curve in controls.items():
+        others = [c for other, c in curves.items() if other != name]
+        parts = [{s: curve[s] for s in sorted(curve)[:n]} for n in range(1, len(curve))]
+        if any(judged(sweep, goal, part, others) for part in parts):
+            stopped.append(curve)
+    return len(controls), len(stopped), sum(c[max(c)] == best for c in stopped)
 
 
 def _behind_median(curve: Curve, finished: Sequence[Curve]) -> tuple[float, float] | None:

@@ -60,15 +60,36 @@ class Searching:
         return pruning.hopeless(sweep, goal, member.overrides, curve, finished)
 
     def report(self, ledger: Ledger) -> None:
-        """Say what came out, and write the protocol's record once the test runs have ended."""
-        if not self.proposes:
-            return
+        """Say what came out; write the protocol's record once the test runs have ended."""
         trials = ledger.trials()
-        for line in incumbent.lines(self.study, ledger.folder, trials):
-            say(line, "green")
+        if self.study.sweep.prune != "none":
+            self._report_pruning(ledger)
+        if self.proposes:
+            for line in incumbent.lines(self.study, ledger.folder, trials):
+                say(line, "green")
         if incumbent.results(self.study, ledger.folder, trials):
             record = incumbent.checklist(self.study, ledger.folder, trials, self.given)
             write_json(ledger.folder / FILE, record)
+
+    def _report_pruning(self, ledger: Ledger) -> None:
+        """What the rule did, and what it would have done to the controls."""
+        goal, members = self.study.objective(ledger.trials()), ledger.members()
+        totals = [0, 0, 0]
+        for cell in self.study.cells:
+            curves = {
+                m.overrides: self._curve(m, ledger.run_dir(m.id), goal)
+                for m in members
+                if m.state == "done" and self.study.cell_of(m.overrides) == cell
+            }
+            found = pruning.wrong_stops(self.study.sweep, goal, curves)
+            totals = [a + b for a, b in zip(totals, found, strict=True)]
+        pruned = sum(m.state == "pruned" for m in members)
+        controls, stopped, wrong = totals
+        say(
+            f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped; of "
+            f"{controls} controls it would have stopped {stopped}, the best among them "
+            f"{wrong} time{'s'[: wrong != 1]}"
+        )
 
     def _has_news(self, member: Member, run_dir: Path) -> bool:
         path = run_dir / "metrics.jsonl"

@@ -69,6 +69,18 @@ def test_nothing_is_stopped_too_early(
     assert hopeless(sweep, ACCURACY, name, so_far, others) is None
 
 
+def test_controls_tell_how_often_the_rule_would_have_been_wrong() -> None:
+    """One control is behind and stays there; one is behind and ends as the best."""
+    names = [(f"a={i}",) for i in range(200)]
+    first, second = [n for n in names if pruning.is_control(n)][:2]
+    free = [n for n in names if not pruning.is_control(n)][:3]
+    curves = dict(zip(free, OTHERS, strict=True)) | {
+        first: curve(0.1, 0.2, 0.3),
+        second: curve(0.1, 0.2, 0.95),
+    }
+    assert pruning.wrong_stops(MEDIAN, ACCURACY, curves) == (2, 2, 1)
+
+
 # -- prediction ------------------------------------------------------------------------------------
 def test_features_are_values_and_their_first_and_second_differences() -> None:
     made = pruning.features([0.10, 0.30, 0.45, 0.55])
