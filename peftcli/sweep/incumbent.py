@@ -1,13 +1,10 @@
-"""The second stage: the best settings, frozen in `incumbent.yaml`, run on the test seeds, and told
-apart from what they reached in tuning.
+"""From tuning to testing: the best settings are frozen in `incumbent.yaml`, and what is run on the
+test seeds is read from there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ import yaml
 
 from peftcli import __version__
 from peftcli.errors import ConfigError, DataError
-from peftcli.sweep.protocol import SEED, Study
-from peftcli.sweep.results import PENDING, Results, Trial
-from peftcli.sweep.space import Point, values_of
+from peftcli.sweep.protocol import Study
+from peftcli.sweep.results import Results, Trial
+from peftcli.sweep.space import Point
 
 FILE = "incumbent.yaml"
 
@@ -102,100 +99,3 @@ def write(folder: Path, frozen: Mapping[str, Any]) -> None:
     head = "# The best settings, frozen before any run on the test seeds.\n"
     aside.write_text(head + yaml.safe_dump(dict(frozen), sort_keys=False), encoding="utf-8")
     aside.replace(folder / FILE)
-
-
-# -- the report ------------------------------------------------------------------------------------
-def tested(study: Study, incumbent: Mapping[str, Any], trials: Sequence[Trial]) -> list[Trial]:
-    """The test runs of a frozen setting, in the order of the seeds."""
-    mine = [study.member(incumbent["overrides"], s, test=True) for s in study.sweep.test_seeds]
-    by_name = {frozenset(trial.overrides): trial for trial in trials}
-    return [by_name[frozenset(run)] for run in mine if frozenset(run) in by_name]
-
-
-def results(study: Study, folder: Path, trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Of every frozen setting: tuning mean, test mean, standard deviation (of two seeds and more)
-    and the gap between them, by metric; nothing before all its test runs have ended.
-    """
-    frozen, goal = read(folder), study.objective(trials)
-    listed: list[dict[str, Any]] = []
-    for incumbent in frozen["incumbents"] if frozen else ():
-        runs = tested(study, incumbent, trials)
-        ended = [t for t in runs if t.state not in PENDING]
-        if len(ended) < len(study.sweep.test_seeds):
-            continue
-        scores = [s for t in ended if t.state == "done" and (s := goal.scores(t.metrics))]
-        columns = [goal.shown(s) for s in scores]
-        test = {n: statistics.fmean(c[n] for c in columns) for n in goal.names if columns}
-        listed.append(
-            {
-                **incumbent,
-                "test_seeds": [int(values_of(t.overrides)[SEED]) for t in ended],
-                "failed": len(ended) - len(scores),
-                "test": test,
-                "test_std": {n: statistics.stdev(c[n] for c in columns) for n in test}
-                if len(columns) > 1
-                else {},
-                "gap": {n: incumbent["tuning"][n] - value for n, value in test.items()},
-            }
-        )
-    return listed
-
-
-def lines(study: Study, folder: Path, trials: Sequence[Trial]) -> list[str]:
-    """What the screen shows of the two stages; before the second, the best settings so far."""
-    found, goal = study.tuned(trials), study.objective(trials)
-    shown = []
-    listed = results(study, folder, trials)
-    for r in listed:
-        for name, value in r["test"].items():
-            spread = f" +- {r['test_std'][name]:.4g}" if r["test_std"] else ""
-            shown.append(
-                f"{' '.join(r['overrides'])}: {name} {value:.4g}{spread} on "
-                f"{len(r['test_seeds'])} test seeds; {r['tuning'][name]:.4g} on "
-                f"{r['num_tuning_seeds']} tuning seed{'s'[: r['num_tuning_seeds'] > 1]} "
-                f"(gap {r['gap'][name]:+.4g}), best of {r['num_settings']}"
-            )
-        if r["failed"]:
-            shown.append(f"  {r['failed']} of its test runs failed and are not in the mean")
-    if listed:
-        return shown
-    for cell, cell_results in zip(study.cells, found, strict=True):
-        for point in cell_results.best:
-            scores = cell_results.mean(point)
-            assert scores is not None
-            told = ", ".join(f"{n} {v:.4g}" for n, v in goal.shown(scores).items())
-            number = len(cell_results.ended(point))
-            shown.append(
-                f"best of {len(cell_results.points)}: {' '.join((*cell.fixed, *point))}: {told}"
-                f" (mean of {number} tuning seed{'s'[: number > 1]})"
-            )
-    return shown
-
-
-def checklist(
-    study: Study, folder: Path, trials: Sequence[Trial], line: Sequence[str]
-) -> dict[str, Any]:
-    """What a reader needs to judge a tuned result, in the order of the checklist of Eimer et al.;
-    no entry is empty.
-    """
-    sweep, goal = study.sweep, study.objective(trials)
-    return {
-        "separation": "tuning and test seeds are disjoint; tuning runs evaluate one half of the "
-        "held-out examples, test runs the other (dataset.eval_part)",
-        "tool": {"peftcli": __version__, "search": sweep.search, "seed": sweep.search_seed},
-        "space": study.space.describe(),
-        "metric": {
-            n: "max" if s > 0 else "min" for n, s in zip(goal.names, goal.signs, strict=True)
-        },
-        "budget": study.budget,
-        "budget_is_equal": True,  # refused otherwise
-        "lr_scale": sweep.lr_scale or "none",
-        "pruning": sweep.prune,
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
-        "tuning_seeds": list(study.seeds),
-        "test_seeds": list(sweep.test_seeds),
-        "incumbents": (read(folder) or {}).get("incumbents", []),
-        "results": results(study, folder, trials),
-        "line": list(line),
-        "environment": {"python": platform.python_version(), "platform": platform.platform()},
-    }

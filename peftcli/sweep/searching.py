@@ -8,9 +8,9 @@ from pathlib import Path
 
 from peftcli import folders
 from peftcli.errors import ConfigError, did_you_mean
-from peftcli.screen import say
+from peftcli.screen import grid, say
 from peftcli.settings import Sweep
-from peftcli.sweep import incumbent, pruning
+from peftcli.sweep import incumbent, pruning, report
 from peftcli.sweep.ledger import Ledger, Member
 from peftcli.sweep.objective import Objective
 from peftcli.sweep.protocol import Study
@@ -64,12 +64,12 @@ class Searching:
         trials = ledger.trials()
         if self.study.sweep.prune != "none":
             self._report_pruning(ledger)
-        if self.proposes:
-            for line in incumbent.lines(self.study, ledger.folder, trials):
-                say(line, "green")
-        if incumbent.results(self.study, ledger.folder, trials):
-            record = incumbent.checklist(self.study, ledger.folder, trials, self.given)
+        if found := report.results(self.study, ledger.folder, trials):
+            grid("reported", report.HEADER, report.rows(found))
+            record = report.checklist(self.study, ledger.folder, trials, self.given)
             write_json(ledger.folder / FILE, record)
+        elif self.proposes and (rows := report.best_so_far(self.study, trials)):
+            grid("best in tuning", ("setting", "mean", "seeds", "of settings"), rows)
 
     def _report_pruning(self, ledger: Ledger) -> None:
         """What the rule did, and what it would have done to the controls."""

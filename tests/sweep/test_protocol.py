@@ -12,7 +12,7 @@ import yaml
 
 from peftcli.errors import ConfigError
 from peftcli.settings import Sweep
-from peftcli.sweep import incumbent, seeds
+from peftcli.sweep import incumbent, report, seeds
 from peftcli.sweep.protocol import Study
 from peftcli.sweep.results import Results
 from peftcli.sweep.searching import searching
@@ -95,16 +95,15 @@ def test_the_best_are_frozen_run_on_every_test_seed_and_alone_reported(tmp_path:
     frozen = incumbent.read(tmp_path)
     assert frozen is not None
     for chosen, found in zip(
-        frozen["incumbents"], incumbent.results(study, tmp_path, members), strict=True
+        frozen["incumbents"], report.results(study, tmp_path, members), strict=True
     ):
         assert "optimizer.lr=0.0003" in chosen["overrides"]
-        assert found["sha256"] == chosen["sha256"]
-        assert found["test_seeds"] == [10, 11, 12, 13]
-        assert found["gap"]["accuracy"] == pytest.approx(0.1 + 0.001 - 0.0115)
-        assert found["test_std"]["accuracy"] == pytest.approx(0.00129099, rel=1e-4)
-    shown = "\n".join(incumbent.lines(study, tmp_path, members))
-    assert "on 4 test seeds" in shown
-    assert "gap +0.0895" in shown
+        assert found.sha256 == chosen["sha256"]
+        assert found.test_seeds == (10, 11, 12, 13)
+        assert found.gap["accuracy"] == pytest.approx(0.1 + 0.001 - 0.0115)
+        assert found.test_std["accuracy"] == pytest.approx(0.00129099, rel=1e-4)
+    row = report.rows(report.results(study, tmp_path, members))[0]
+    assert dict(zip(report.HEADER, row, strict=True))["gap"] == "+0.0895"
 
 
 def test_what_was_frozen_stays_though_tuning_is_changed_afterwards(tmp_path: Path) -> None:
@@ -121,9 +120,9 @@ def test_what_was_frozen_stays_though_tuning_is_changed_afterwards(tmp_path: Pat
 def test_a_record_of_the_protocol_has_no_empty_entry(tmp_path: Path) -> None:
     study = Study(Sweep(**PROTOCOL), SPACE)
     members = sweep(study, tmp_path, run)
-    record = incumbent.checklist(study, tmp_path, members, LINE)
+    record = report.checklist(study, tmp_path, members, LINE)
     assert [key for key, value in record.items() if value in (None, "", [], {})] == []
-    assert json.loads(json.dumps(record)) == record
+    assert json.loads(json.dumps(record))["results"][0]["test_seeds"] == [10, 11, 12, 13]
 
 
 def test_what_ended_is_not_run_again_whatever_was_killed(tmp_path: Path) -> None:
@@ -142,8 +141,8 @@ def test_what_ended_is_not_run_again_whatever_was_killed(tmp_path: Path) -> None
 
 def test_one_tuning_seed_is_told(tmp_path: Path) -> None:
     study = Study(Sweep(tuning_seeds=(0,), test_seeds=(1, 2)), SPACE)
-    shown = incumbent.lines(study, tmp_path, sweep(study, tmp_path, run))
-    assert all("on 1 tuning seed (" in line for line in shown)
+    rows = report.rows(report.results(study, tmp_path, sweep(study, tmp_path, run)))
+    assert [row[3] for row in rows] == [1, 1]
 
 
 # -- budgets and learning rates --------------------------------------------------------------------
