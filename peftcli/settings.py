@@ -260,6 +260,7 @@ class Sweep:
     metric: str | tuple[str, ...] = "auto"  # auto: accuracy, pearson or loss; several: a front
     direction: Literal["auto", "maximize", "minimize"] = "auto"  # auto: as the metric is known
     compare: tuple[str, ...] = (
+        "recipe",
         "method",
         "model",
         "dataset",

@@ -215,7 +215,7 @@ def check(sweep: Sweep, space: Space) -> None:
     Raises:
         ConfigError: with the keys and what to change.
     """
-    keys = set(space.keys)
+    keys = {key.lstrip("+") for key in space.keys}
     _check_seeds(sweep, keys)
     _check_search(sweep, space, keys)
     if not isinstance(sweep.metric, str) and sweep.seed_order != "all":

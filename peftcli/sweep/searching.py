@@ -47,8 +47,10 @@ class Searching:
     def hopeless(self, ledger: Ledger, member: Member) -> str | None:
         """Why a running member need not go on; looked at when it has written something."""
         sweep, run_dir = self.study.sweep, ledger.run_dir(member.id)
+        if sweep.prune == "none" or not self._has_news(member, run_dir):
+            return None
         cell = self.study.cell_of(member.overrides)
-        if sweep.prune == "none" or cell is None or not self._has_news(member, run_dir):
+        if cell is None:
             return None
         goal = self.study.objective(ledger.trials())
         curve = pruning.read_curve(run_dir, goal)

@@ -60,8 +60,10 @@ class Choices:
         return {"key": self.key, "type": "choice", "values": list(self.values)}
 
     def scaled(self, factor: float) -> Choices:
-        """All numbers times a factor."""
-        return replace(self, values=tuple(_text(float(v) * factor) for v in self.values))
+        """All numbers times a factor; what is none is refused where a run is made of it."""
+        numbers = {value: _number(value) for value in self.values}
+        texts = (v if n is None else _text(n * factor) for v, n in numbers.items())
+        return replace(self, values=tuple(texts))
 
 
 @dataclass(frozen=True)
@@ -173,13 +175,14 @@ class Space:
         return None
 
     def only(self, keys: Sequence[str]) -> Space:
-        """The dimensions of `keys`."""
-        return Space(tuple(d for d in self.dimensions if d.key in keys))
+        """The dimensions of `keys`, with or without a `+`."""
+        return Space(tuple(d for d in self.dimensions if d.key.lstrip("+") in keys))
 
     def apart(self, keys: Sequence[str]) -> list[tuple[Point, Space]]:
         """The space of the other dimensions for every combination of the values of `keys`."""
-        rest = Space(tuple(d for d in self.dimensions if d.key not in keys))
-        return [(point, rest) for point in self.only(keys).points()]
+        fixed = self.only(keys)
+        rest = Space(tuple(d for d in self.dimensions if d not in fixed.dimensions))
+        return [(point, rest) for point in fixed.points()]
 
     def scaled(self, key: str, factor: float) -> Space:
         """The numbers of one key times a factor."""
