@@ -7,7 +7,7 @@ and Korhonen, TACL 2024, arXiv 2301.12132.
 A parallel adapter, a serial adapter and a prefix in the same layers, each of a size of its own,
 some layers with none of them: a space that holds the known designs and mixtures between them. Which
 point of it trains the fewest parameters for a score differs from task to task, so it is searched:
-`recipes/autopeft_minilm.yaml` looks for the Pareto front of accuracy and parameters.
+`recipes/autopeft_minilm.yaml` looks for the Pareto front of accuracy and size.
 
 Sizes are D / 2^k for k = 0..8, then 1 and 0, in the paper's search; of L layers of width D the
 three parts train 2 L D (serial_r + ffn_r + prefix_length) numbers beside biases and the map that

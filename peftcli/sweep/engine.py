@@ -17,7 +17,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from peftcli import config, folders
-from peftcli.errors import Stopped, UserError
+from peftcli.errors import ConfigError, Stopped, UserError
 from peftcli.screen import log_to, say
 from peftcli.settings import Sweep
 from peftcli.sweep import board, cost, process
@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
     composer = Composer(args.config_dirs, args.config_name)
     line = composer.read(args.overrides)
     search = searching(line.sweep, line.space, line.given, args.config_dirs)
+    if line.sweep.prune != "none":
+        require_evaluations(search, line, composer)
     members = [] if search.proposes else line.grid
     flags = {"dry_run": args.dry_run, "retry_failed": args.retry_failed}
     return run(members, line, composer, search=search, **flags)
@@ -92,6 +94,19 @@ def run(
     if search is not None:
         search.report(ledger)
     return code
+
+
+def require_evaluations(search: Searching, line: Line, composer: Composer) -> None:
+    """Refuse to judge runs that are not evaluated while they train, as one of them tells."""
+    try:
+        _, cfg = composer.member([*line.base, *search.example])
+    except UserError:
+        return  # it is listed with the reason when it is tried
+    if cfg.trainer.eval_steps is None:
+        raise ConfigError(
+            f"sweep.prune={line.sweep.prune}: judges runs by their evaluations while they train; "
+            "set trainer.eval_steps=N, too."
+        )
 
 
 def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:

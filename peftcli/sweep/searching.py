@@ -35,6 +35,12 @@ class Searching:
         """Whether members are planned while the sweep runs."""
         return self.study.sweep.search != "grid" or bool(self.study.sweep.tuning_seeds)
 
+    @property
+    def example(self) -> Point:
+        """The settings of one of its runs."""
+        cell = self.study.cells[0]
+        return (*cell.fixed, *cell.space.at([0.0] * len(cell.space.dimensions)))
+
     def propose(self, ledger: Ledger) -> list[Point]:
         """Members to plan now. Under the folder's lock."""
         return incumbent.propose(self.study, ledger.folder, ledger.trials())

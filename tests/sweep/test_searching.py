@@ -89,6 +89,7 @@ def test_members_that_cannot_be_made_are_listed_and_the_search_goes_on(
         (["method.r=1,2", "sweep.tuning_seeds=[0]", "sweep.test_seeds=[0]"], "cannot be tested"),
         (["method.r=1,2", "sweep.lr_scale={lroa: 2}"], "Did you mean lora"),
         (["method.r=1,2", "sweep.prune=off"], "none | median | predict"),
+        (["method.r=1,2", "sweep.prune=median"], "trainer.eval_steps"),
     ],
 )
 def test_a_search_that_means_nothing_is_one_message(
