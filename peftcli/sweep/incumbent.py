@@ -13,8 +13,9 @@ import yaml
 
 from peftcli import __version__
 from peftcli.errors import ConfigError, DataError
+from peftcli.sweep.ledger import Trial
 from peftcli.sweep.protocol import Study
-from peftcli.sweep.results import Results, Trial
+from peftcli.sweep.results import Results
 from peftcli.sweep.space import Point
 
 FILE = "incumbent.yaml"

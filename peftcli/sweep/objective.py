@@ -60,8 +60,10 @@ def _sign(name: str, sweep: Sweep) -> int:
         return 1
     if name in LOWER_IS_BETTER | COSTS:
         return -1
+    known = HIGHER_IS_BETTER | LOWER_IS_BETTER | COSTS
     raise ConfigError(
         f"sweep.metric={name}: is more of it better? Say sweep.direction=maximize or minimize."
+        f"{did_you_mean(name, known)}"
     )
 
 

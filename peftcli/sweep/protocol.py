@@ -22,8 +22,9 @@ from typing import Any
 from peftcli.errors import ConfigError, did_you_mean
 from peftcli.settings import Sweep
 from peftcli.sweep import objective, search, seeds
+from peftcli.sweep.ledger import Trial
 from peftcli.sweep.objective import Objective
-from peftcli.sweep.results import Results, Seed, Trial
+from peftcli.sweep.results import Results, Seed
 from peftcli.sweep.space import Point, Space, values_of
 
 LR = "optimizer.lr"
@@ -148,7 +149,7 @@ class Study:
         if is_full or results.waiting or any(s not in results.seeds(p) for p, s in runs):
             return runs  # one new setting at a time, and only when no worker has anything to do
         if order is not None:
-            new = next(p for p in order if p not in results.tried)
+            new = next((p for p in order if p not in results.tried), None)
         else:
             new = search.next_point(self.sweep.search, cell.space, results.tried, own)
         return seeds.allowed(rule, [new], results, self.seeds, is_full) if new else []
@@ -218,6 +219,7 @@ def check(sweep: Sweep, space: Space) -> None:
     keys = {key.lstrip("+") for key in space.keys}
     _check_seeds(sweep, keys)
     _check_search(sweep, space, keys)
+    objective.objective(sweep, ())
     if not isinstance(sweep.metric, str) and sweep.seed_order != "all":
         raise ConfigError(f"sweep.seed_order={sweep.seed_order}: needs one metric, not several.")
     if sweep.lr_scale and not {LR, "method"} <= keys:

@@ -12,9 +12,9 @@ from typing import Any
 
 from peftcli.screen import number
 from peftcli.sweep import incumbent
+from peftcli.sweep.ledger import ENDED, Trial
 from peftcli.sweep.objective import Objective, mean
 from peftcli.sweep.protocol import SEED, Study
-from peftcli.sweep.results import PENDING, Trial
 from peftcli.sweep.space import values_of
 from peftcli.versions import versions
 
@@ -47,7 +47,7 @@ def results(study: Study, folder: Path, trials: Sequence[Trial]) -> list[Result]
     for chosen in frozen["incumbents"] if frozen else ():
         wanted = [study.member(chosen["overrides"], s, test=True) for s in study.sweep.test_seeds]
         runs = [by_name[frozenset(run)] for run in wanted if frozenset(run) in by_name]
-        ended = [trial for trial in runs if trial.state not in PENDING]
+        ended = [trial for trial in runs if trial.state in ENDED]
         if len(ended) == len(wanted):
             listed.append(_result(chosen, ended, goal))
     return listed

@@ -2,53 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from peftcli.sweep import objective
+from peftcli.sweep.ledger import ENDED, Trial
 from peftcli.sweep.objective import Objective, Scores
-from peftcli.sweep.space import Point, Space
+from peftcli.sweep.space import Point
 
-PENDING = {"waiting", "running", "stopped"}  # may still end well
 Seed = int | None  # None: whatever the configuration says
-
-
-class Trial(Protocol):
-    """A member of a sweep, as its ledger tells."""
-
-    @property
-    def overrides(self) -> tuple[str, ...]:
-        """What sets it apart."""
-        ...
-
-    @property
-    def state(self) -> str:
-        """waiting, running, stopped; done; failed, pruned."""
-        ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """What a finished one measured."""
-        ...
-
-    @property
-    def seconds(self) -> float | None:
-        """How long it ran."""
-        ...
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One of the things that are compared, and the space that is searched for it."""
-
-    fixed: Point
-    space: Space
-
-    @property
-    def name(self) -> str:
-        """As people read it."""
-        return " ".join(self.fixed) or "all"
 
 
 @dataclass
@@ -63,7 +24,7 @@ class Results:
 
     def note(self, point: Point, seed: Seed, trial: Trial, goal: Objective) -> None:
         """Take in one run of a setting."""
-        if trial.state in PENDING:
+        if trial.state not in ENDED:
             self.pending.setdefault(point, set()).add(seed)
             self.waiting += trial.state != "running"
             return

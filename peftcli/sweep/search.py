@@ -23,6 +23,7 @@ from peftcli.sweep.space import Choices, Dimension, Point, Space, values_of
 
 WITHOUT_END = 20  # trials of a space without end, where sweep.trials does not say
 ATTEMPTS = 20  # draws of TPE that were all tried already, before a random point is taken
+REPEATS = 100  # draws in a row of what was drawn, for each point, after which a space is empty
 Tried = Mapping[Point, Scores | None]  # None: still running
 
 
@@ -43,12 +44,13 @@ def how_many(space: Space, trials: int | None) -> int:
 
 def next_point(kind: str, space: Space, tried: Tried, seed: int) -> Point | None:
     """The point that a search asks for after those `tried`, one that is not among them; None where
-    it waits for what runs.
+    it waits for what runs, or there is no other point.
     """
     if kind == "de":
         new = evolution.next_points(space, tried, seed)
-        is_running = None in tried.values()
-        return new[0] if new else None if is_running else _unseen(space, tried, seed)
+        if not new and None in tried.values():
+            return None
+        return new[0] if new else _unseen(space, tried, seed)
     for attempt in range(ATTEMPTS):
         point = _tpe(space, tried, draw(seed, len(tried), attempt))
         if point not in tried:
@@ -56,9 +58,10 @@ def next_point(kind: str, space: Space, tried: Tried, seed: int) -> Point | None
     return _unseen(space, tried, seed)
 
 
-def _unseen(space: Space, tried: Tried, seed: int) -> Point:
-    """A random point where a search finds no new one."""
-    return next(p for p in _random(space, draw(seed, len(tried))) if p not in tried)
+def _unseen(space: Space, tried: Tried, seed: int) -> Point | None:
+    """A random point where a search finds no new one; None where there is none."""
+    order = _random(space, draw(seed, len(tried)))
+    return next((point for point in order if point not in tried), None)
 
 
 def draw(*parts: int | str) -> int:
@@ -68,15 +71,20 @@ def draw(*parts: int | str) -> int:
 
 
 def _random(space: Space, seed: int) -> Iterator[Point]:
-    """Draws without repetition; the k-th does not depend on how many are wanted."""
+    """Draws without repetition, until there are none left or (an interval may hold few texts) only
+    old ones come; the k-th does not depend on how many are wanted.
+    """
     seen: set[Point] = set()
+    patience = REPEATS * (space.size or 1)
+    last = 0  # draw that brought something new
     for number in itertools.count():
-        if len(seen) == space.size:
+        if len(seen) == space.size or number - last > patience:
             return
         stream = random.Random(draw(seed, number))
         point = space.at([stream.random() for _ in space.dimensions])
         if point not in seen:
             seen.add(point)
+            last = number
             yield point
 
 

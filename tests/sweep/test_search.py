@@ -104,15 +104,23 @@ def test_random_points_are_distinct_and_do_not_depend_on_how_many_are_asked_for(
     assert list(islice(few, 3)) != list(islice(other, 3))
 
 
+def test_an_interval_of_few_values_is_drawn_to_its_end() -> None:
+    order = search.in_order("random", parse(["a=interval(0.1,0.1001)"]), 0)
+    assert order is not None
+    assert set(order) == {("a=0.1",), ("a=0.1001",)}
+
+
 def test_an_objective_knows_its_direction_or_asks() -> None:
     assert objective(Sweep(), {"loss", "accuracy"}).names == ("accuracy",)
     assert objective(Sweep(), {"loss"}).scores({"loss": 2.0}) == (-2.0,)
     assert objective(Sweep(metric="x", direction="minimize"), {"x"}).signs == (-1,)
-    assert objective(Sweep(metric=("accuracy", "num_trainable_params")), set()).signs == (1, -1)
+    assert objective(Sweep(metric=("accuracy", "num_trainable_params")), ()).signs == (1, -1)
     with pytest.raises(ConfigError, match=r"sweep\.direction"):
         objective(Sweep(metric="x"), {"x"})
-    with pytest.raises(ConfigError, match="accuracy"):
-        objective(Sweep(metric="acuracy"), {"accuracy"})
+    with pytest.raises(ConfigError, match="Did you mean accuracy"):
+        objective(Sweep(metric="acuracy"), ())
+    with pytest.raises(ConfigError, match="no such metric"):
+        objective(Sweep(metric="f1"), {"accuracy"})
     assert objective(Sweep(), {"loss"}).scores({"loss": math.nan}) is None
 
 
