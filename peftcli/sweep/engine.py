@@ -68,7 +68,8 @@ def run(
     ledger = Ledger(folder_of(line))
     planned = plan(members, line.base, composer)
     if dry_run:
-        cost.show(listed(planned, ledger), ledger, len(process.slots(line.sweep.jobs)))
+        at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
+        cost.show(listed(planned, ledger), ledger, at_once)
         return 0
     with ledger.locked():
         begin(ledger, line, composer)
@@ -112,14 +113,14 @@ def work(
     stop_file: Path | None = None,
 ) -> int:
     """Work in this process until all members have ended; the exit code of the sweep."""
-    from peftcli import run  # noqa: F401 - imported before members are forked, so that it is shared
-
     mine = members_of(ledger, ids)
-    left = [m for m in mine if m.state not in ENDED]
-    shares, screen = process.slots(settings.jobs), board.Board(len(mine))
+    if not more and all(m.state in ENDED for m in mine):
+        return conclude(ledger, ids, was_stopped=False)
+    process.warm_up()
+    shares = process.slots(settings.jobs, process.visible_gpus())
+    screen = board.Board(len(mine))
     worker = Worker(ledger, settings, shares, screen, ids, more, hopeless, stop_file)
-    if left or more:
-        worker.work()
+    worker.work()
     return conclude(ledger, ids, was_stopped=worker.was_stopped)
 
 
