@@ -69,8 +69,9 @@ def run(
     where any failed.
     """
     ledger = Ledger(folder_of(line))
-    if dry_run and search is not None and search.proposes:
-        members = search.to_come(ledger)
+    if search is not None:
+        search.require_own_folder(ledger)
+        members = search.to_come(ledger) if dry_run and search.proposes else members
     planned = plan(members, line.base, composer)
     if dry_run:
         at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
