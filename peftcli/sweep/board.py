@@ -71,8 +71,8 @@ class Board:
         say(f"{self._place(member)} was taken over by another process: {member.title}", "yellow")
 
     def _place(self, member: Member) -> str:
-        width = len(str(self.total))
-        return f"[{member.number:>{width}}/{self.total}]"
+        total = max(self.total, member.number)  # a search adds some
+        return f"[{member.number:>{len(str(total))}}/{total}]"
 
 
 def report(members: Sequence[Member], ledger: Ledger) -> None:

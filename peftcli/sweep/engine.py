@@ -67,6 +67,7 @@ def run(
     """
     ledger = Ledger(folder_of(line))
     planned = plan(members, line.base, composer)
+    line = dataclasses.replace(line, sweep=for_members(line.sweep, planned))
     if dry_run:
         at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
         cost.show(listed(planned, ledger), ledger, at_once)
@@ -165,6 +166,16 @@ def plan(members: Sequence[Words], base: Words, composer: Composer) -> list[Plan
             made = Planned(unmade_id, words, unmade_id, None, reason, e.exit_code)
         found.setdefault(made.id, made)
     return list(found.values())
+
+
+def for_members(settings: Sweep, planned: Sequence[Planned]) -> Sweep:
+    """The settings, with one member at a time where `auto` meets members of several processes,
+    which take all GPUs.
+    """
+    several = any(p.cfg is not None and p.cfg.strategy.name != "single" for p in planned)
+    return (
+        dataclasses.replace(settings, jobs=1) if several and settings.jobs == "auto" else settings
+    )
 
 
 def begin(ledger: Ledger, line: Line, composer: Composer) -> None:
