@@ -238,7 +238,7 @@ class Sweep:
     """How the members of a sweep (`-m`) are run, and which are tried, counted and stopped."""
 
     jobs: Literal["auto"] | Positive = (
-        "auto"  # members at once on this machine; auto: one a GPU, without GPUs one
+        "auto"  # members at once on this machine; auto: one a GPU, or one
     )
     timeout: Annotated[float, Gt(0.0)] | None = (
         None  # seconds that one start of a member may take; None: any

@@ -169,6 +169,10 @@ class Worker:
         before = {number: signal.signal(number, self._heard) for number in process.SIGNALS}
         try:
             yield
+        except BaseException:
+            for running in self.running:
+                running.stop()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
