@@ -33,6 +33,7 @@ HELP = """\
   generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
   export     write a run folder's adapter, or the model with it merged in, for other tools
   table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
+  diff       why two runs have different numbers: keys, data, versions, first step that differs
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -410,6 +411,13 @@ def table(words: list[str]) -> int:
     return verbs.table(words)
 
 
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    from peftcli.tables import verbs
+
+    return verbs.diff(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -488,6 +496,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "export": export,
     "table": table,
+    "diff": diff,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,

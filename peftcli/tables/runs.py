@@ -31,6 +31,7 @@ CALLED = {
     "strategy": "name",
     "logger": "name",
 }
+GROUP_WORDS = (*CALLED, "method", "optimizer")  # keys of a record that name a group's choice
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is: ten times as fast
 
 
@@ -111,6 +112,14 @@ def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
             raise ConfigError(f"{path}: holds no run, which is a folder with a run's {CONFIG}.")
         found |= here
     return [found[folder] for folder in sorted(found)]
+
+
+def read_run(path: Path) -> RunRecord:
+    """The run of one folder. Raises `ConfigError` where it holds several."""
+    found = read_runs([path])
+    if len(found) > 1:
+        raise ConfigError(f"{path}: holds {len(found)} runs; name one, such as {found[0].name}.")
+    return found[0]
 
 
 def _folders(path: Path) -> Iterator[Path]:

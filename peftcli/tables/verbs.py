@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftcli.cli import Parser
 from peftcli.tables.render import FORMATS, write
-from peftcli.tables.runs import read_runs
+from peftcli.tables.runs import read_run, read_runs
 from peftcli.tables.table import Asked, make_table
 
 
@@ -23,6 +23,24 @@ def table(words: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
     args = parser.parse_args(words)
     write(make_table(read_runs(args.runs), asked(args)), args.format, args.output)
+    return 0
+
+
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    parser = Parser(
+        prog="peft-train diff",
+        description="Why two runs have different numbers: keys, data, versions, hardware, and the "
+        "first step where they part.",
+    )
+    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="a run folder")
+    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
+    args = parser.parse_args(words)
+    a, b = (read_run(path) for path in (args.run_a, args.run_b))
+    from peftcli.tables import diff
+
+    diff.show(a, b, diff.compare(a, b), args.json)
     return 0
 
 
