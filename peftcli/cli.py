@@ -34,6 +34,7 @@ HELP = """\
   export     write a run folder's adapter, or the model with it merged in, for other tools
   table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
   diff       why two runs have different numbers: keys, data, versions, first step that differs
+  report     one HTML page of many runs: table, curves, costs, differences
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -418,6 +419,13 @@ def diff(words: list[str]) -> int:
     return verbs.diff(words)
 
 
+def report(words: list[str]) -> int:
+    """One HTML page about many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.report(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -497,6 +505,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "export": export,
     "table": table,
     "diff": diff,
+    "report": report,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,

@@ -162,8 +162,10 @@ def _sweep(folder: Path) -> Sweep | None:
     said = _json(top / SWEEP)
     if not said:
         return None
-    seeds = {k: tuple(said.get(k) or ()) for k in ("tuning_seeds", "test_seeds")}
-    return Sweep(top, tuple(said.get("line", ())), **seeds)
+    line = tuple(said.get("line", ()))
+    keys = _chosen(line, all_keys=True)
+    seeds = (tuple(keys.get(f"sweep.{kind}_seeds") or ()) for kind in ("tuning", "test"))
+    return Sweep(top, line, *seeds)
 
 
 def _json(path: Path) -> dict[str, Any]:

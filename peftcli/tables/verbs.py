@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from peftcli.cli import Parser
-from peftcli.tables.render import FORMATS, write
+from peftcli.tables.render import FORMATS, save, write
 from peftcli.tables.runs import read_run, read_runs
-from peftcli.tables.table import Asked, make_table
+from peftcli.tables.table import Asked, make_table, plan_of, table_of
 
 
 def table(words: list[str]) -> int:
@@ -41,6 +41,26 @@ def diff(words: list[str]) -> int:
     from peftcli.tables import diff
 
     diff.show(a, b, diff.compare(a, b), args.json)
+    return 0
+
+
+def report(words: list[str]) -> int:
+    """One HTML page."""
+    parser = Parser(
+        prog="peft-train report",
+        description="One HTML page from many runs: the table, curves, costs, and the keys in which "
+        "runs differ. It needs no network.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="report.html")
+    add_asked(parser)
+    args = parser.parse_args(words)
+    from peftcli.tables.report import page
+
+    runs = read_runs(args.runs)
+    plan = plan_of(runs, asked(args))
+    save(args.output, page(runs, table_of(runs, plan, args.paired), plan))
+    print(args.output)
     return 0
 
 
