@@ -35,6 +35,7 @@ HELP = """\
   table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
   diff       why two runs have different numbers: keys, data, versions, first step that differs
   report     one HTML page of many runs: table, curves, costs, differences
+  plot       the figures of a paper: curves, learning rates, costs with the Pareto front
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -426,6 +427,13 @@ def report(words: list[str]) -> int:
     return verbs.report(words)
 
 
+def plot(words: list[str]) -> int:
+    """Figures of many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.plot(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -506,6 +514,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "table": table,
     "diff": diff,
     "report": report,
+    "plot": plot,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,

@@ -232,13 +232,13 @@ def _over_cells(of: Callable[[Cell], int], text: Callable[[Any], str]) -> Make:
 
 
 def span(values: Sequence[float], text: Callable[[Any], str]) -> Shown:
-    """One number where all are equal, else smallest .. largest."""
+    """One number where all are equal; else smallest .. largest, and their mean for machines."""
     if not values:
         return Shown()
     low, high = min(values), max(values)
     if low == high:
         return Shown(text(low), low)
-    return Shown(f"{text(low)} .. {text(high)}", f"{low} .. {high}")
+    return Shown(f"{text(low)} .. {text(high)}", plain.fmean(values))
 
 
 # -- What was chosen -------------------------------------------------------------------------------

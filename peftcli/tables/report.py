@@ -37,7 +37,7 @@ def page(runs: Sequence[RunRecord], table: Table, plan: Plan) -> str:
 
 def _data(runs: Sequence[RunRecord], table: Table, plan: Plan) -> dict[str, Any]:
     """What the script reads."""
-    keys = _varying(runs)
+    keys = _varying(runs, [*plan.keys, "seed"])
     return {
         "title": table.title,
         "metric": plan.metric,
@@ -62,7 +62,7 @@ def _run(run: RunRecord, keys: Sequence[str], plan: Plan) -> dict[str, Any]:
         "group": short(value(run, plan.rows[0])),
         "state": run.state,
         "value": run.metrics[plan.metric] if is_scored(run, plan.metric) else None,
-        "keys": [_shown(run.keys.get(key)) for key in keys],
+        "keys": [_shown(run.keys[key]) if key in run.keys else None for key in keys],
         "curves": {name: thinned(curve, POINTS) for name, curve in curves(run).items()},
     }
 
@@ -73,15 +73,16 @@ def _shown(given: Any) -> Any:
     return given if is_plain and not isinstance(given, bool) else json.dumps(given, default=str)
 
 
-def _varying(runs: Sequence[RunRecord]) -> list[str]:
-    """The keys in which runs differ; of a group its word stands for what it comes with."""
-    values: dict[str, set[str]] = {}
+def _varying(runs: Sequence[RunRecord], first: Sequence[str]) -> list[str]:
+    """The keys in which runs differ, those of `first` first, a method's options last."""
+    values: dict[str, set[str]] = {key: set() for key in first}
     for run in runs:
         for key, given in run.keys.items():
             values.setdefault(key, set()).add(same(given))
     left_out = {f"{group}._target_" for group in GROUP_WORDS}
-    return [
+    differ = [
         key
         for key, found in values.items()
         if len(found) > 1 and key not in left_out and not key.startswith(BOOKKEEPING)
     ]
+    return sorted(differ, key=lambda key: key.startswith("method."))

@@ -64,6 +64,26 @@ def report(words: list[str]) -> int:
     return 0
 
 
+def plot(words: list[str]) -> int:
+    """Figures."""
+    parser = Parser(
+        prog="peft-train plot",
+        description="Figures from many runs as PNG and SVG: loss and metrics by step; the metric "
+        "by learning rate, parameters, memory and time, with the Pareto front.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the figures")
+    add_asked(parser)
+    args = parser.parse_args(words)
+    from peftcli.tables.plots import write_plots
+
+    runs = read_runs(args.runs)
+    plan = plan_of(runs, asked(args))
+    for path in write_plots(runs, table_of(runs, plan), plan, args.output):
+        print(path)
+    return 0
+
+
 def add_asked(parser: Parser) -> None:
     """The options that say which table."""
     parser.add_argument(

@@ -209,7 +209,7 @@ table(byId("runs"),
     [key, data.runs.some((run) => typeof run.keys[i] === "number")])],
   data.runs.map((run) => [
     [run.name, run.name], [run.state, run.state], [run.value === null ? "-" : score(run.value), run.value],
-    ...run.keys.map((value) => [value, value]),
+    ...run.keys.map((value) => [value === null ? "-" : value, value]),
   ]));
 data.runs.forEach((run, i) => filtered[place + i].push(run)); // curves follow their rows
 const groups = [...new Set(data.runs.map((run) => run.group))];
