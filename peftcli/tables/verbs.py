@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from typing import TYPE_CHECKING
+
 from peftcli.cli import Parser
-from peftcli.tables.render import FORMATS, save, write
-from peftcli.tables.runs import read_run, read_runs
-from peftcli.tables.table import Asked, make_table, plan_of, table_of
+
+if TYPE_CHECKING:
+    from peftcli.tables.table import Asked
+
+FORMATS = ("rich", "markdown", "csv", "latex", "json")
 
 
 def table(words: list[str]) -> int:
@@ -19,10 +23,18 @@ def table(words: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders")
     add_asked(parser)
+    parser.add_argument(
+        "--show", type=words_of, default=(), metavar="COLUMN,...", help="only these, in this order"
+    )
     parser.add_argument("--format", choices=FORMATS, help="rich, or what --output ends in")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
     args = parser.parse_args(words)
-    write(make_table(read_runs(args.runs), asked(args)), args.format, args.output)
+    from peftcli.tables.render import selected, write
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import make_table
+
+    found = make_table(read_runs(args.runs), asked(args))
+    write(selected(found, args.show), args.format, args.output)
     return 0
 
 
@@ -37,9 +49,10 @@ def diff(words: list[str]) -> int:
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another")
     parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
     args = parser.parse_args(words)
-    a, b = (read_run(path) for path in (args.run_a, args.run_b))
     from peftcli.tables import diff
+    from peftcli.tables.runs import read_run
 
+    a, b = (read_run(path) for path in (args.run_a, args.run_b))
     diff.show(a, b, diff.compare(a, b), args.json)
     return 0
 
@@ -55,7 +68,10 @@ def report(words: list[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="report.html")
     add_asked(parser)
     args = parser.parse_args(words)
+    from peftcli.tables.render import save
     from peftcli.tables.report import page
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import plan_of, table_of
 
     runs = read_runs(args.runs)
     plan = plan_of(runs, asked(args))
@@ -76,6 +92,8 @@ def plot(words: list[str]) -> int:
     add_asked(parser)
     args = parser.parse_args(words)
     from peftcli.tables.plots import write_plots
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import plan_of, table_of
 
     runs = read_runs(args.runs)
     plan = plan_of(runs, asked(args))
@@ -87,14 +105,21 @@ def plot(words: list[str]) -> int:
 def add_asked(parser: Parser) -> None:
     """The options that say which table."""
     parser.add_argument(
-        "--rows", type=words_of, default=("method",), metavar="KEY,...", help="(method)"
+        "--rows",
+        type=words_of,
+        default=("method",),
+        metavar="KEY,...",
+        help="what a row is (method)",
     )
     parser.add_argument(
-        "--columns", type=words_of, default=(), metavar="KEY,...", help="e.g. dataset, model"
+        "--columns", type=words_of, default=(), metavar="KEY,...", help="e.g. dataset or model"
     )
-    parser.add_argument("--metric", help="e.g. accuracy; by default what tells the runs' best step")
+    parser.add_argument("--metric", help="by default the one that tells the runs' best step")
     parser.add_argument(
-        "--aggregate", choices=["mean", "iqm"], default="mean", help="iqm: of the middle half"
+        "--aggregate",
+        choices=["mean", "iqm"],
+        default="mean",
+        help="of seeds (mean); iqm: the mean of their middle half",
     )
     parser.add_argument("--paired", metavar="ROW", help="compare with this row on equal seeds")
     parser.add_argument(
@@ -113,6 +138,8 @@ def add_asked(parser: Parser) -> None:
 
 def asked(args: argparse.Namespace) -> Asked:
     """The table that the options say."""
+    from peftcli.tables.table import Asked
+
     return Asked(
         rows=args.rows,
         columns=args.columns,

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from peftcli import config
 
+Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 WriteRun = Callable[..., Path]
 META: dict[str, Any] = {
     "model": {"name": "minilm", "kind": "package", "sha256": "5" * 64},
@@ -62,7 +63,7 @@ def write_run(tmp_path: Path, composed: Callable[[str], dict[str, Any]]) -> Writ
         for key, value in keys.items():
             group, _, last = key.rpartition(".")
             (values[group] if group else values)[last] = value
-        (folder / "config.yaml").write_text(yaml.safe_dump(values))
+        (folder / "config.yaml").write_text(yaml.dump(values, Dumper=Dumper))
         if accuracy is not None:
             result = _result(values, accuracy, META | (meta or {}))
             (folder / "result.json").write_text(json.dumps(result))
