@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcli.tables.cells import Plan, is_scored
-from peftcli.tables.protocol import same, short, value
+from peftcli.tables.protocol import is_tuned, same, short, value
 from peftcli.tables.render import Table
 from peftcli.tables.runs import GROUP_WORDS, RunRecord
 from peftcli.tables.series import COSTS, curves, points, thinned
@@ -74,15 +74,20 @@ def _shown(given: Any) -> Any:
 
 
 def _varying(runs: Sequence[RunRecord], first: Sequence[str]) -> list[str]:
-    """The keys in which runs differ, those of `first` first, a method's options last."""
-    values: dict[str, set[str]] = {key: set() for key in first}
+    """The keys in which runs differ, `first` first. The options of a method, which differ between
+    methods anyway, only where they differ within one.
+    """
+    values: dict[str, dict[str, set[str]]] = {key: {} for key in first}
     for run in runs:
         for key, given in run.keys.items():
-            values.setdefault(key, set()).add(same(given))
+            group = key.partition(".")[0]
+            within = run.keys.get(group) if is_tuned(key) and key != group else None
+            values.setdefault(key, {}).setdefault(same(within), set()).add(same(given))
     left_out = {f"{group}._target_" for group in GROUP_WORDS}
-    differ = [
+    return [
         key
         for key, found in values.items()
-        if len(found) > 1 and key not in left_out and not key.startswith(BOOKKEEPING)
+        if any(len(some) > 1 for some in found.values())
+        and key not in left_out
+        and not key.startswith(BOOKKEEPING)
     ]
-    return sorted(differ, key=lambda key: key.startswith("method."))

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from peftcli.errors import ConfigError
-from peftcli.tables.render import PLUS_MINUS, Cell, Column, Table, render, selected, write
+from peftcli.tables.render import (
+    PLUS_MINUS,
+    RENDERERS,
+    Cell,
+    Column,
+    Table,
+    render,
+    selected,
+    write,
+)
+from peftcli.tables.verbs import FORMATS
 
 TABLE = Table(
     title="accuracy by method",
@@ -84,6 +94,10 @@ def test_columns_are_chosen_by_their_keys() -> None:
     assert selected(TABLE, ()) == TABLE
     with pytest.raises(ConfigError, match=r"--show byte: no such column. Did you mean bytes"):
         selected(TABLE, ("byte",))
+
+
+def test_every_format_of_the_command_line_is_one() -> None:
+    assert FORMATS == ("rich", *RENDERERS)
 
 
 def test_the_files_name_says_the_format(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from peftcli.errors import ConfigError, DataError
 from peftcli.tables.render import Cell, Table
 from peftcli.tables.runs import read_runs
 from peftcli.tables.table import Asked, make_table
+from tests.conftest import Done
 from tests.tables.conftest import WriteRun
 
 LR = "optimizer.lr"
@@ -286,6 +287,17 @@ def test_a_missing_seed_is_run_from_its_neighbour(
         "peft-train runs/oft1",
         "peft-train runs/oft0 seed=2 run_dir=runs/seed2",
     )
+
+
+def test_the_command_fills_the_cell(tiny_run: list[str], cli: Callable[..., Done]) -> None:
+    words = [word for word in tiny_run if not word.startswith(("method.r", "run_dir"))]
+    words += ["trainer.max_steps=1", "dataset.eval_samples=2"]
+    for method, seed in (("lora", 0), ("lora", 1), ("ia3", 0)):
+        cli(*words, f"method={method}", f"seed={seed}", f"run_dir=runs/{method}{seed}")
+    (command,) = json.loads(cli("table", "runs", "--format", "json").stdout)["missing"]
+    cli(*shlex.split(command)[1:])
+    rows = json.loads(cli("table", "runs", "--format", "json").stdout)["rows"]
+    assert [row["loss"]["seeds"] for row in rows] == [2, 2]
 
 
 def test_a_sweeps_members_are_filled_by_its_line_and_failures_are_named(
