@@ -137,7 +137,7 @@ def _folders(path: Path) -> Iterator[Path]:
 # -- Reading ---------------------------------------------------------------------------------------
 def _read(folder: Path) -> RunRecord | None:
     """The run of a folder; None where its config.yaml is not one of a run."""
-    result, member = _json(folder / RESULT), _json(folder / MEMBER)
+    result, member = _result(folder / RESULT), _json(folder / MEMBER)
     overrides = tuple(member.get("overrides", ()))
     config = result["run_info"]["train_config"] if result else _yaml(folder / CONFIG)
     if config and "run_dir" not in config:
@@ -163,19 +163,34 @@ def _sweep(folder: Path) -> Sweep | None:
     if not said:
         return None
     line = tuple(said.get("line", ()))
-    keys = _chosen(line, all_keys=True)
-    seeds = (tuple(keys.get(f"sweep.{kind}_seeds") or ()) for kind in ("tuning", "test"))
+    seeds = (tuple(said.get("sweep", {}).get(f"{kind}_seeds") or ()) for kind in ("tuning", "test"))
     return Sweep(top, line, *seeds)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """A result.json of ours; nothing where there is none."""
+    found = _json(path)
+    needed = ("run_info", "train_config", "run_dir"), ("train_info", "metrics", "after")
+    for keys in needed if found else ():
+        inside: Any = found
+        for key in keys:
+            if not isinstance(inside, dict) or key not in inside:
+                raise DataError(f"{shown(path)}: is no result of peft-train: no {'.'.join(keys)}.")
+            inside = inside[key]
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
         raise DataError(f"{shown(path)}: cannot be read ({e}).") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{shown(path)}: holds no mapping of keys.")
+    return found
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -99,7 +99,11 @@ def write_sweep(tmp_path: Path, write_run: WriteRun) -> Callable[..., Path]:
     have member.json alone.
     """
 
-    def write(members: list[tuple[list[str], str, float | None]], line: list[str]) -> Path:
+    def write(
+        members: list[tuple[list[str], str, float | None]],
+        line: list[str],
+        settings: dict[str, Any] | None = None,
+    ) -> Path:
         top = tmp_path / "sweep"
         for i, (overrides, state, accuracy) in enumerate(members):
             folder = top / "members" / f"{i:012x}"
@@ -117,7 +121,8 @@ def write_sweep(tmp_path: Path, write_run: WriteRun) -> Callable[..., Path]:
             reason = "out of memory" if state == "failed" else None
             member |= {"exit_code": 4 if reason else None, "reason": reason, "seconds": None}
             (folder / "member.json").write_text(json.dumps(member))
-        (top / "sweep.json").write_text(json.dumps({"line": line, "keys": ["method", "seed"]}))
+        head = {"line": line, "keys": ["method", "seed"], "sweep": settings or {}}
+        (top / "sweep.json").write_text(json.dumps(head))
         return top
 
     return write

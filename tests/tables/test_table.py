@@ -328,7 +328,7 @@ def test_a_sweep_that_told_its_seeds_apart_is_read_so(write_sweep: Callable[...,
         (["optimizer.lr=0.01", "seed=0"], "done", 0.8),
         (["optimizer.lr=0.001", "seed=10"], "done", 0.7),
     ]
-    found = table(write_sweep(members, ["sweep.tuning_seeds=[0]", "sweep.test_seeds=[10]"]))
+    found = table(write_sweep(members, [], {"tuning_seeds": [0], "test_seeds": [10]}))
     assert cell(found, "lora", "accuracy").value == pytest.approx(0.7)
     assert cell(found, "lora", LR).value == 0.001
 
@@ -343,9 +343,14 @@ def test_numbers_that_are_not_finite_are_no_numbers(write_run: WriteRun, tmp_pat
 
 def test_a_torn_result_is_named(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run("runs/a", 0.9)
-    (folder / "result.json").write_text("{")
-    with pytest.raises(DataError, match=r"result.json: cannot be read"):
-        table(tmp_path / "runs")
+    for text, said in (
+        ("{", "cannot be read"),
+        ("[]", "holds no mapping"),
+        ('{"a": 1}', "is no result of peft-train: no run_info.train_config.run_dir"),
+    ):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(DataError, match=rf"result.json: {said}"):
+            table(tmp_path / "runs")
 
 
 def test_folders_inside_a_run_are_not_runs(write_run: WriteRun, tmp_path: Path) -> None:
