@@ -47,10 +47,10 @@ def commands(cells: Sequence[Cell], plan: Plan) -> list[str]:
         cell = grid.get((row, column))
         found |= dict.fromkeys(_to_finish(cell) if cell else ())
         there = {run.seed for run in (*cell.runs, *cell.waiting)} if cell else set()
-        of_row = [cell] if cell else [c for (r, _), c in grid.items() if r == row]
+        of_row = [c for (r, _), c in grid.items() if r == row]
         of_column = [c for (_, c_), c in grid.items() if c_ == column]
         for seed in sorted(seed for seed in wanted - there if seed is not None):
-            found |= dict.fromkeys(_to_start(of_row, of_column, seed, plan))
+            found |= dict.fromkeys(_to_start(cell, of_row, of_column, seed, plan))
     return list(found)
 
 
@@ -65,17 +65,18 @@ def _to_finish(cell: Cell) -> Iterator[str]:
 
 
 def _to_start(
-    of_row: Sequence[Cell], of_column: Sequence[Cell], seed: int, plan: Plan
+    cell: Cell | None, of_row: Sequence[Cell], of_column: Sequence[Cell], seed: int, plan: Plan
 ) -> Iterator[str]:
-    """What runs one seed of a row in a column: a run that has the protocol, with the method and the
-    best values of one that has these.
+    """What runs one seed of a row in a column: another seed of it; else a run that has the protocol
+    of the place, which the column has or else the row, with the best values that go there.
     """
-    base, like = _best_known(of_column), _best_known(of_row)
-    copied, kept = plan.rows, plan.columns
+    if cell is not None and cell.runs:
+        yield _from(cell.runs[0], {"seed": seed})
+        return
+    there, other, kept, copied = of_column, of_row, plan.columns, plan.rows
     if any(map(explains, plan.rows)) and not any(map(explains, plan.columns)):
-        base, like, copied, kept = like, base, kept, copied
-    if len(of_row) == 1 and of_row[0].runs:
-        base = like
+        there, other, kept, copied = other, there, copied, kept
+    base, like = _best_known(there), _best_known([cell] if cell else other)
     if base is not None and like is not None:
         yield _from(base, {**_changes(base.keys, like.keys, copied, kept), "seed": seed})
 
@@ -90,7 +91,8 @@ def _changes(
     base: Mapping[str, Any], like: Mapping[str, Any], copied: Sequence[str], kept: Sequence[str]
 ) -> dict[str, Any]:
     """What makes a run such as `like` of `base`: the tuned keys that differ, of another method what
-    is not its default, and all keys of the groups in `copied`; nothing that is in `kept`.
+    is not its default, the keys in `copied`, and what else of their groups is protocol; nothing
+    that is in `kept`.
     """
     groups = {key.partition(".")[0] for key in copied if explains(key)}
     usual, changes = dict(base), {}
@@ -100,7 +102,7 @@ def _changes(
         usual |= {f"method.{key}": given for key, given in of_method.items()}
     for key, given in like.items():
         group, dot, _ = key.partition(".")
-        moves = is_tuned(key) or (is_protocol(key) and group in groups)
+        moves = is_tuned(key) or key in copied or (is_protocol(key) and group in groups)
         if dot and moves and not {key, group} & set(kept) and usual.get(key) != given:
             changes[key] = given
     return changes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
         if not here:
             raise ConfigError(f"{path}: holds no run, which is a folder with a run's {CONFIG}.")
         found |= here
-    return [found[folder] for folder in sorted(found)]
+    return _completed([found[folder] for folder in sorted(found)])
 
 
 def read_run(path: Path) -> RunRecord:
@@ -132,6 +132,22 @@ def _folders(path: Path) -> Iterator[Path]:
             below.clear()
             yield Path(folder)
         below[:] = sorted(set(below) - INSIDE)
+
+
+def _completed(runs: list[RunRecord]) -> list[RunRecord]:
+    """The same runs. A member that never began has only its overrides; what no override is about it
+    shares with every other member of its sweep.
+    """
+    known = {run.sweep.folder: run for run in runs if run.sweep and "run_dir" in run.keys}
+    completed = []
+    for run in runs:
+        if run.sweep and "run_dir" not in run.keys and run.sweep.folder in known:
+            own = {key.partition(".")[0] for key in run.keys} | {"run_dir"}
+            sibling = known[run.sweep.folder].keys.items()
+            shared = {k: v for k, v in sibling if k.partition(".")[0] not in own}
+            run = replace(run, keys=shared | dict(run.keys))
+        completed.append(run)
+    return completed
 
 
 # -- Reading ---------------------------------------------------------------------------------------

@@ -322,6 +322,15 @@ def test_a_sweeps_members_are_filled_by_its_line_and_failures_are_named(
     assert set(found.missing) == {given, f"{given} --retry-failed"}
 
 
+def test_a_member_that_never_began_shares_what_the_sweep_did_not_vary(
+    write_sweep: Callable[..., Path],
+) -> None:
+    members = [(["seed=0"], "done", 0.9), (["seed=1"], "waiting", None)]
+    found = table(write_sweep(members, ["+recipe=lora_minilm", "seed=0,1"]))
+    assert [row[0].text for row in found.rows] == ["lora"]
+    assert found.missing == ("peft-train -m +recipe=lora_minilm seed=0,1",)
+
+
 def test_a_sweep_that_told_its_seeds_apart_is_read_so(write_sweep: Callable[..., Path]) -> None:
     members = [
         (["optimizer.lr=0.001", "seed=0"], "done", 0.9),
