@@ -51,6 +51,7 @@ def write_run(tmp_path: Path, composed: Callable[[str], dict[str, Any]]) -> Writ
     def write(
         name: str,
         accuracy: float | None = None,
+        /,
         *,
         method: str = "lora",
         meta: dict[str, Any] | None = None,

@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,8 +14,10 @@ from peftcli.errors import ConfigError, DataError
 from peftcli.tables.render import Cell, Table
 from peftcli.tables.runs import read_runs
 from peftcli.tables.table import Asked, make_table
-from tests.conftest import Done
 from tests.tables.conftest import WriteRun
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
 
 LR = "optimizer.lr"
 
@@ -289,7 +292,7 @@ def test_a_missing_seed_is_run_from_its_neighbour(
     )
 
 
-def test_the_command_fills_the_cell(tiny_run: list[str], cli: Callable[..., Done]) -> None:
+def test_the_command_fills_the_cell(tiny_run: list[str], cli: Cli) -> None:
     words = [word for word in tiny_run if not word.startswith(("method.r", "run_dir"))]
     words += ["trainer.max_steps=1", "dataset.eval_samples=2"]
     for method, seed in (("lora", 0), ("lora", 1), ("ia3", 0)):
