@@ -16,14 +16,13 @@ from peftcli.tables.protocol import explains, is_protocol, is_tuned, same
 from peftcli.tables.runs import RunRecord
 
 PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")  # needs no quotes in an override
-ENDED = ("failed", "pruned")  # states of members that a sweep does not take up again by itself
 
 
 def failures(runs: Iterable[RunRecord], metric: str) -> list[str]:
     """The runs that ended without a number, and why."""
     lines = []
     for run in runs:
-        if run.state in ENDED:
+        if run.state in ("failed", "pruned"):
             lines.append(f"{_called(run)}: {run.reason or run.state}")
         elif run.state == "done" and not is_scored(run, metric):
             has = ", ".join(run.metrics) or "no metric"
@@ -55,13 +54,17 @@ def commands(cells: Sequence[Cell], plan: Plan) -> list[str]:
 
 
 def _to_finish(cell: Cell) -> Iterator[str]:
-    """What takes up the runs that are there and not done."""
+    """What takes up the runs that are there; those that are done and have no number, and those
+    that a sweep gave up for good, are not taken up.
+    """
     for run in cell.waiting:
-        if run.sweep is not None:
-            again = ["--retry-failed"] if run.state in ENDED else []
-            yield _line("-m", *run.sweep.line, *again)
-        elif run.state != "done":
+        if run.state in ("done", "pruned"):
+            continue
+        if run.sweep is None:
             yield _line(run.name)
+        else:
+            again = ["--retry-failed"] if run.state == "failed" else []
+            yield _line("-m", *run.sweep.line, *again)
 
 
 def _to_start(

@@ -312,13 +312,15 @@ def test_a_sweeps_members_are_filled_by_its_line_and_failures_are_named(
         (["method=lora", "seed=1"], "waiting", None),
         (["method=ia3", "seed=0"], "failed", None),
         (["method=ia3", "seed=1"], "stopped", None),
+        (["method=ia3", "seed=2"], "pruned", None),
     ]
     sweep = write_sweep(members, line)
     found = table(sweep)
     assert cell(found, "lora", "accuracy").seeds == 1
     assert cell(found, "ia3", "accuracy") == Cell()
     assert cell(found, "ia3", "num_trainable_params") == Cell()
-    (failed,) = found.failed
+    failed, pruned = found.failed
+    assert pruned.endswith("): pruned")
     assert failed.startswith("method=ia3 seed=0 (")
     assert failed.endswith("): out of memory")
     given = "peft-train -m +recipe=lora_minilm method=lora,ia3 seed=0,1"
