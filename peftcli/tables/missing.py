@@ -40,7 +40,8 @@ def commands(cells: Sequence[Cell], plan: Plan) -> list[str]:
     """One command for each run that a cell waits for, or for all those of one sweep."""
     grid = {(same(cell.row), same(cell.column)): cell for cell in cells}
     wanted = {run.seed for cell in cells for run in cell.runs}
-    wanted |= {run.seed for cell in cells for run in cell.waiting if plan.reports(run)}
+    waiting = [run for cell in cells for run in cell.waiting if run.state != "pruned"]
+    wanted |= {run.seed for run in waiting if plan.reports(run)}
     found: dict[str, None] = {}
     for row, column in itertools.product(*map(dict.fromkeys, zip(*grid, strict=True))):
         cell = grid.get((row, column))

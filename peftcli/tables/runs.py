@@ -160,7 +160,7 @@ def _read(folder: Path) -> RunRecord | None:
         return None
     keys = dict(_flat(filled(config))) | _words(config) | _chosen(overrides, all_keys=not config)
     state = "done" if result else member.get("state", "unfinished")
-    reason = member.get("reason") or ("" if result else f"no {RESULT}")
+    reason = member.get("reason") if member else f"no {RESULT}"
     return RunRecord(
         folder=folder,
         keys=keys,
