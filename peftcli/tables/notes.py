@@ -25,8 +25,9 @@ def notes(
         yield from _choice(cells, plan, tuned)
     if paired is not None:
         yield (
-            f"minus {paired}: mean difference on equal seeds with its 95 % bootstrap interval; p of"
-            " the two-sided sign-flip test, at least 2/2^pairs."
+            f"minus {paired}: mean difference on equal {'columns and ' if plan.columns else ''}seeds"
+            " with its 95 % bootstrap interval; p of the two-sided sign-flip test, at least"
+            " 2/2^pairs."
         )
     reported = [run for cell in cells for run in cell.runs]
     yield from _other_data(runs, plan)
