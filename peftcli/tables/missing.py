@@ -7,9 +7,9 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from peftcli import folders
 from peftcli.tables.cells import Cell, Plan, is_scored
 from peftcli.tables.defaults import defaults
 from peftcli.tables.protocol import explains, is_protocol, is_tuned, same
@@ -28,7 +28,7 @@ def failures(runs: Iterable[RunRecord], metric: str) -> list[str]:
             has = ", ".join(run.metrics) or "no metric"
             finite = "is not finite" if metric in run.metrics else f"is not there, only {has}"
             lines.append(f"{_called(run)}: {metric} {finite}")
-    return lines
+    return sorted(lines)
 
 
 def _called(run: RunRecord) -> str:
@@ -49,7 +49,9 @@ def commands(cells: Sequence[Cell], plan: Plan) -> list[str]:
         there = {run.seed for run in (*cell.runs, *cell.waiting)} if cell else set()
         of_row = [c for (r, _), c in grid.items() if r == row]
         of_column = [c for (_, c_), c in grid.items() if c_ == column]
-        for seed in sorted(seed for seed in wanted - there if seed is not None):
+        at = dict(zip(plan.keys, (*of_row[0].row, *of_column[0].column), strict=True))
+        wanted_here = {at["seed"]} if "seed" in at else wanted
+        for seed in sorted(seed for seed in wanted_here - there if seed is not None):
             found |= dict.fromkeys(_to_start(cell, of_row, of_column, seed, plan))
     return list(found)
 
@@ -117,8 +119,8 @@ def _from(run: RunRecord, changes: Mapping[str, Any]) -> str:
     words = [f"{key}={written(given)}" for key, given in changes.items()]
     parts = [f"{'' if k == 'method' else k.rpartition('.')[2]}{v}" for k, v in changes.items()]
     shown = [re.sub(r"[^\w.+-]", "", part) for part in parts]
-    folder = Path(run.name).parent / "-".join(shown)
-    return _line(run.name, *words, f"run_dir={folder}")
+    beside = run.sweep.folder if run.sweep else run.folder
+    return _line(run.name, *words, f"run_dir={folders.shown(beside.parent / '-'.join(shown))}")
 
 
 def _line(*words: str) -> str:

@@ -292,6 +292,17 @@ def test_a_missing_seed_is_run_from_its_neighbour(
     )
 
 
+def test_seeds_as_columns_are_not_asked_for_twice(write_run: WriteRun, tmp_path: Path) -> None:
+    runs = methods(write_run, tmp_path)
+    assert table(runs, columns=("seed",)).missing == ()
+    write_run("runs/oft0", 0.5, method="oft", seed=0)
+    missing = table(runs, columns=("seed",)).missing
+    assert [[w for w in c.split() if w.startswith("seed=")] for c in missing] == [
+        ["seed=1"],
+        ["seed=2"],
+    ]
+
+
 def test_the_command_fills_the_cell(tiny_run: list[str], cli: Cli) -> None:
     words = [word for word in tiny_run if not word.startswith(("method.r", "run_dir"))]
     words += ["trainer.max_steps=1", "dataset.eval_samples=2"]
