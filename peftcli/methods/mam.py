@@ -57,6 +57,10 @@ class MAM(Method):
             position_offset="zero",
         )
 
+    @property
+    def _ffn(self) -> ParallelAdapter:
+        return ParallelAdapter(ffn_r=self.ffn_r, ffn_scale=self.ffn_scale, ffn_init=self.ffn_init)
+
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Both parts, under one name."""
         if not self.prefix_length and not self.ffn_r:
@@ -64,10 +68,7 @@ class MAM(Method):
         if self.prefix_length:
             graft_prefix(host, self._prefix, data)
         if self.ffn_r:
-            ffn = ParallelAdapter(
-                ffn_r=self.ffn_r, ffn_scale=self.ffn_scale, ffn_init=self.ffn_init
-            )
-            ffn.setup(host, data)
+            self._ffn.setup(host, data)
 
     def finish(self, host: Host) -> None:
         """Fold the map: what is kept of the prefix are P_k and P_v."""
