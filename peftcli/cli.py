@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
-from peftcli.dist import causes
+from peftcli.dist import causes, slurm
 from peftcli.errors import ConfigError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -164,6 +164,8 @@ def train(words: list[str]) -> int:
         return 0
     from peftcli import hydra_app
 
+    slurm.translate(os.environ)
+    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _stop)  # until the run's own handlers exist
     args = hydra_app.parse(words)
