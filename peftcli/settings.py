@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 Positive = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+Offload = Literal["none", "optimizer", "parameters"]
 Loss = Literal["cross_entropy", "tfew"]
 Kernels = Literal["auto", "reference", "require"]
 Task = Literal["causal_lm", "seq2seq", "classification", "regression", "image_classification"]
@@ -166,7 +167,25 @@ class Quantization:
 class Strategy:
     """How the work is spread over processes."""
 
-    name: Literal["single", "ddp", "fsdp"] = "single"
+    name: Literal["single", "ddp"] = "single"
+
+
+@dataclass(frozen=True)
+class FSDP(Strategy):
+    """Weights of the base are cut up, with the optimizer state of those that train."""
+
+    name: Literal["fsdp"] = "fsdp"  # pyright: ignore[reportIncompatibleVariableOverride]
+    offload: Offload = "none"  # to the memory of the CPU
+
+
+@dataclass(frozen=True)
+class DeepSpeed(Strategy):
+    """ZeRO: gradients and optimizer state of what trains are divided, and weights in stage 3."""
+
+    name: Literal["deepspeed"] = "deepspeed"  # pyright: ignore[reportIncompatibleVariableOverride]
+    zero_stage: Literal[1, 2, 3] = 3
+    offload: Offload = "none"  # to the memory of the CPU; parameters: in stage 3
+    config: str | None = None  # a DeepSpeed JSON file of your own, checked against the other keys
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,7 @@ class Launch:
     rdzv_endpoint: str | None = None  # HOST:PORT of node 0, for several nodes
     rdzv_backend: Literal["static", "c10d"] = "static"
     timeout: Annotated[float, Gt(0.0)] = 1800.0  # seconds that a rank waits for the others
+    max_restarts: Annotated[int, Ge(0)] = 0  # after a rank was killed or broke down
 
 
 @dataclass(frozen=True)
