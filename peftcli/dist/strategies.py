@@ -222,8 +222,13 @@ def refuse_optimizer(run: Run, host: Host) -> None:
 
 def refuse(run: Run) -> None:
     """Raises `ConfigError` where the strategy cannot do what the run asks for."""
+    stage = " strategy.zero_stage=3" if isinstance(run.strategy, DeepSpeed) else ""
+    if shards(run) and run.trainer.compile:
+        raise ConfigError(
+            f"strategy={run.strategy.name}{stage}: gathers the weights that a compiled block holds. "
+            "Use trainer.compile=false, or strategy=ddp."
+        )
     if shards(run) and run.quantization.name != "none":
-        stage = "" if isinstance(run.strategy, FSDP) else " strategy.zero_stage=3"
         raise ConfigError(
             f"strategy={run.strategy.name}{stage}: cannot cut up weights in "
             f"quantization={run.quantization.name}. Use strategy=ddp, where every rank holds them "
