@@ -7,6 +7,7 @@ Methods and checkpoints see every tensor whole; only the optimizer sees rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ class Share:
     """
 
     reduces = False  # whether gradients are summed over the ranks on their way here
+    is_whole = True  # whether the model has the parameter whole
     copies = False  # whether the rows lie beside those of the parameter on the same device, too
 
     def __init__(self, parameter: nn.Parameter, ranks: Ranks, device: torch.device) -> None:
@@ -43,8 +45,10 @@ class Share:
 
     def whole(self, rows: Tensor | None = None) -> Tensor:
         """The parameter, or the tensor whose `rows` lie as those of `own`; from all ranks."""
-        rows = self.own.detach() if rows is None else rows
-        return self.ranks.join_rows(rows.to(self.parameter.device), self.shape[0])
+        rows = (self.own if rows is None else rows).detach().to(self.parameter.device)
+        joined = rows.new_empty(self.shape)
+        self.ranks.join_([joined], [rows])
+        return joined
 
     def take(self) -> None:
         """Move the step's gradient here."""
@@ -52,10 +56,8 @@ class Share:
             self.own.grad = self._rows(grad).to(self.device)
             self.parameter.grad = None
 
-    @torch.no_grad()
     def settle(self) -> None:
-        """Put what was stepped back into the model."""
-        self.parameter.copy_(self.whole())
+        """Put what was stepped back into the model, where the parameter is not whole there."""
 
 
 class ReducedShare(Share):
@@ -79,7 +81,7 @@ class ReducedShare(Share):
 class CutShare(Share):
     """Of a parameter that FSDP2 has cut up: the rows that it keeps here, and sums gradients for."""
 
-    reduces = True
+    reduces, is_whole = True, False
 
     def _rows(self, whole: Tensor) -> Tensor:
         return cast(Any, whole).to_local()
@@ -90,3 +92,14 @@ class CutShare(Share):
         rows = self._rows(self.parameter.detach())
         if rows.data_ptr() != self.own.data_ptr():
             rows.copy_(self.own)
+
+
+@torch.no_grad()
+def settle(shares: Iterable[Share], ranks: Ranks) -> None:
+    """Put what was stepped back into the model: what is whole there in few messages."""
+    shares = list(shares)
+    for share in shares:
+        share.settle()
+    whole = [share for share in shares if share.is_whole]
+    rows = [share.own.to(share.parameter.device) for share in whole]
+    ranks.join_((share.parameter for share in whole), rows)

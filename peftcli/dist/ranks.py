@@ -50,9 +50,10 @@ class Ranks:
         each = -(-whole.shape[0] // self.size)
         return whole[each * self.rank : each * (self.rank + 1)]
 
-    def join_rows(self, rows: Tensor, D: int) -> Tensor:
-        """The tensor (D, ...) of which every rank has its `rows`."""
-        return rows
+    def join_(self, wholes: Iterable[Tensor], rows: Iterable[Tensor]) -> None:
+        """Put the `rows` of all ranks together in tensors (D, ...)."""
+        for whole, own in zip(wholes, rows, strict=True):
+            whole.copy_(own)
 
     def sum_rows(self, whole: Tensor) -> Tensor:
         """This rank's rows of the sum of a tensor over all ranks."""
@@ -94,12 +95,20 @@ class Group(Ranks):
             dist.broadcast(flat, 0)
             _put(bucket, flat)
 
-    def join_rows(self, rows: Tensor, D: int) -> Tensor:
-        """One all-gather."""
-        each = -(-D // self.size)
-        joined = rows.new_empty(each * self.size, *rows.shape[1:])
-        all_gather(joined, _padded(rows, each))
-        return joined[:D]
+    @torch.no_grad()
+    def join_(self, wholes: Iterable[Tensor], rows: Iterable[Tensor]) -> None:
+        """One flat all-gather for every 2^25 numbers of a rank, in the given order."""
+        wholes = list(wholes)
+        pairs = zip(wholes, rows, strict=True)
+        padded = (_padded(own, -(-whole.shape[0] // self.size)) for whole, own in pairs)
+        places = iter(wholes)
+        for bucket in _buckets(padded):
+            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+            joined = flat.new_empty(self.size * len(flat))
+            all_gather(joined, flat)
+            parts = joined.view(self.size, -1).split([t.numel() for t in bucket], dim=1)
+            for part, whole in zip(parts, places, strict=False):  # the next bucket's come later
+                whole.copy_(part.reshape(-1, *whole.shape[1:])[: whole.shape[0]])
 
     def sum_rows(self, whole: Tensor) -> Tensor:
         """One reduce-scatter."""

@@ -28,7 +28,7 @@ from torch import nn
 from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
-from peftcli.core.shares import is_matrix
+from peftcli.core.shares import is_matrix, settle
 from peftcli.dist import ds_config, fsdp, replicate, zero
 from peftcli.dist.ranks import Group, Ranks
 from peftcli.errors import ConfigError, RankEnded, Stopped
@@ -65,9 +65,8 @@ class Single:
 
     def settle(self, host: Host) -> None:
         """After the optimizer's step: what it stepped, back in the model; what rests is there."""
-        for share in host.shares.values():
-            if share.parameter.requires_grad:
-                share.settle()
+        stepped = [s for s in host.shares.values() if s.parameter.requires_grad]
+        settle(stepped, self.ranks)
 
     @contextmanager
     def whole(self, host: Host, everything: bool) -> Iterator[bool]:

@@ -36,7 +36,7 @@ class _Partitioned(Share):
     so the rows that are stepped lie beside them.
     """
 
-    copies = True
+    copies, is_whole = True, False
 
     @torch.no_grad()
     def settle(self) -> None:
