@@ -282,20 +282,21 @@ class Host:
         own = {name: share.own for name, share in self.shares.items()}
         return {**dict(self.model.named_parameters()), **own}
 
-    def _stepped(self, parameter: nn.Parameter) -> nn.Parameter:
-        shares = {share.parameter: share.own for share in self.shares.values()}
-        return shares.get(parameter, parameter)
+    def _own(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Parameters of the model that ranks divide: what the optimizer has of them."""
+        return {share.parameter: share.own for share in self.shares.values()}
 
     def reset_optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
         """Ask the loop to forget the optimizer's state of these parameters before the next step."""
-        self.reset_requests.extend(map(self._stepped, parameters))
+        own = self._own()
+        self.reset_requests.extend(own.get(p, p) for p in parameters)
 
     def optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What the run's optimizer keeps of the parameter; what a method adds there is in every
         checkpoint, and in no adapter's file.
         """
         assert self.optimizer is not None, "no optimizer yet"
-        return self.optimizer.state[self._stepped(parameter)]
+        return self.optimizer.state[self._own().get(parameter, parameter)]
 
     def recompute_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (gradient

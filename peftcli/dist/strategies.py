@@ -144,7 +144,7 @@ class Sharded(Divided):
 
     def divide(self, host: Host, device: torch.device) -> None:
         """The base's weights, with the optimizer state of those that train."""
-        fsdp.shard(host, device, self.settings.offload)
+        fsdp.shard(host, device, self.settings.offload == "optimizer")
 
 
 class Zero(Divided):

@@ -30,7 +30,7 @@ SETTINGS = {
     "single": settings.Strategy("single"),
     "ddp": settings.Strategy("ddp"),
     "fsdp": settings.FSDP(),
-    "fsdp_cpu": settings.FSDP(offload="parameters"),
+    "fsdp_cpu": settings.FSDP(offload="optimizer"),
     "zero1": settings.DeepSpeed(zero_stage=1),
     "zero2": settings.DeepSpeed(zero_stage=2),
     "zero3": settings.DeepSpeed(zero_stage=3),
