@@ -141,6 +141,11 @@ def loops(root: Path) -> Iterator[MakeLoop]:
                     return NoLog()
                 return MetricsLog(run_folder.metrics, step, loggers.Nothing())
 
+            def publish_best(values: dict[str, float]) -> None:
+                with strategy.whole(host, everything=True) as keeps_it:
+                    weights = host.model.parameters() if keeps_it else ()
+                    assert all(p.isfinite().all() for p in weights)
+
             def measure() -> dict[str, float]:
                 assert held_out is not None
                 return evaluate(
@@ -166,7 +171,7 @@ def loops(root: Path) -> Iterator[MakeLoop]:
                 autocast=None,
                 seed=seed,
                 evaluate=None if held_out is None else measure,
-                publish_best=lambda values: None,
+                publish_best=publish_best,
                 strategy=strategy,
             )
 
