@@ -33,6 +33,10 @@ HELP = """\
   eval       measure a run folder's adapter on its held-out examples
   generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
   export     write a run folder's adapter, or the model with it merged in, for other tools
+  table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
+  diff       why two runs have different numbers: keys, data, versions, first step that differs
+  report     one HTML page of many runs: table, curves, costs, differences
+  plot       the figures of a paper: curves, learning rates, costs with the Pareto front
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -358,6 +362,15 @@ def export(words: list[str]) -> int:
         help="of a run on quantised weights: those that it was trained on (dequantised), the "
         "original ones, or the merged ones quantised again",
     )
+    parser.add_argument(
+        "--half-reset",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SEED",
+        help="put a random half of every kind of tensor in every block back to the base's, to see "
+        "how much comes back that training covered",
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, folder = configuration(args)
     from peftcli import run
@@ -369,6 +382,7 @@ def export(words: list[str]) -> int:
         to=args.to,
         output=args.output,
         onto=args.onto,
+        half_reset=args.half_reset,
         as_json=args.json,
     )
 
@@ -439,6 +453,35 @@ TRAITS = {
     "quantisable": "trains on a base of 4 or 8 bits",
     "pre-pass": "looks at the task before it trains",
 }
+
+
+# -- Results ---------------------------------------------------------------------------------------
+def table(words: list[str]) -> int:
+    """Numbers of many runs side by side."""
+    from peftcli.tables import verbs
+
+    return verbs.table(words)
+
+
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    from peftcli.tables import verbs
+
+    return verbs.diff(words)
+
+
+def report(words: list[str]) -> int:
+    """One HTML page about many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.report(words)
+
+
+def plot(words: list[str]) -> int:
+    """Figures of many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.plot(words)
 
 
 # -- Documentation ---------------------------------------------------------------------------------
@@ -518,6 +561,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "export": export,
+    "table": table,
+    "diff": diff,
+    "report": report,
+    "plot": plot,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,
