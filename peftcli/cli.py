@@ -33,6 +33,10 @@ HELP = """\
   eval       measure a run folder's adapter on its held-out examples
   generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
   export     write a run folder's adapter, or the model with it merged in, for other tools
+  table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
+  diff       why two runs have different numbers: keys, data, versions, first step that differs
+  report     one HTML page of many runs: table, curves, costs, differences
+  plot       the figures of a paper: curves, learning rates, costs with the Pareto front
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -74,6 +78,7 @@ TRAIN_HELP = """\
                       by default multirun/NAME/DATE_TIME, where the same line goes on
   --dry-run           with -m: list the members, which are done, and what the others will cost
   --retry-failed      with -m: run those that failed again
+  sweep.search=KIND   with -m: random, optuna or de instead; `peft-train explain sweep` tells more
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop
@@ -440,6 +445,35 @@ TRAITS = {
 }
 
 
+# -- Results ---------------------------------------------------------------------------------------
+def table(words: list[str]) -> int:
+    """Numbers of many runs side by side."""
+    from peftcli.tables import verbs
+
+    return verbs.table(words)
+
+
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    from peftcli.tables import verbs
+
+    return verbs.diff(words)
+
+
+def report(words: list[str]) -> int:
+    """One HTML page about many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.report(words)
+
+
+def plot(words: list[str]) -> int:
+    """Figures of many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.plot(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -517,6 +551,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "export": export,
+    "table": table,
+    "diff": diff,
+    "report": report,
+    "plot": plot,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,
