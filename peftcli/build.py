@@ -151,14 +151,11 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
 
 
 def adapt(parts: Parts) -> None:
-    """Set the run's method up on the model, drawing from the stream `init`; then spread it over the
-    ranks, all of which have set up the same.
-    """
+    """Set the run's method up on the model, drawing from the stream `init`; all ranks alike."""
     was_training, host = parts.model.training, parts.host
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
         host.add(parts.run.method, data=_preview(parts))
-    parts.strategy.spread(host, parts.device)
     if parts.run.trainer.compile:
         compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
-from peftcli.dist import causes
+from peftcli.dist import causes, slurm
 from peftcli.errors import ConfigError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -179,6 +179,8 @@ def train(words: list[str]) -> int:
         return 0
     from peftcli import hydra_app
 
+    slurm.translate(os.environ)
+    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     stop_on_signals()
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):

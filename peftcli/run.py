@@ -64,15 +64,17 @@ def train(run: Run, cfg: DictConfig) -> int:
         loop = make_loop(parts, cfg, folder, screen, stopper)
         describe.plan(parts, loop.plan)
         first_hash = parts.host.digest()
+        strategy.spread(parts.host, parts.device)
         if start.checkpoint is not None:
             loop.restore(start.checkpoint)
             say(f"resuming after step {loop.progress.step} from {start.checkpoint}", "cyan")
         with screen.training(loop.plan.total, loop.progress.step):
             progress = loop.fit()
         run.method.finish(parts.host)
-        if is_main:
-            numbers = (progress, started, screen.first_step, first_hash)
-            leave(parts, cfg, folder, *numbers)
+        with strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
+            if keeps_it:
+                numbers = (progress, started, screen.first_step, first_hash)
+                leave(parts, cfg, folder, *numbers)
     return 0
 
 
@@ -114,12 +116,18 @@ def make_loop(
     ranks = parts.strategy.ranks
     plan = Plan.of(run.trainer, len(data.train), ranks.size)
     optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+    strategies.refuse_optimizer(run, parts.host)
     streams.seed_all(run.seed, "dropout")
 
     def open_log(step: int) -> Log:
         if not ranks.is_main:
             return NoLog()
         return MetricsLog(folder.metrics, step, loggers.make_sink(run, folder.path, cfg, step))
+
+    def publish_best(values: dict[str, float]) -> None:
+        with parts.strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
+            if keeps_it:
+                publish.publish(parts, folder.best, values)
 
     return Loop(
         host=parts.host,
@@ -140,7 +148,7 @@ def make_loop(
         autocast=parts.autocast,
         seed=run.seed,
         evaluate=evaluator(parts, screen.counting, stopper.poll),
-        publish_best=lambda values: publish.publish(parts, folder.best, values),
+        publish_best=publish_best,
         group_by_length=run.dataset.group_by_length and not parts.packing,
         strategy=parts.strategy,
     )
@@ -156,9 +164,9 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
         parts = build(run)
         adapt(parts)
         assert parts.data is not None
-        strategies.STRATEGIES[run.strategy.name]().refuse(parts.host)
         plan = Plan.of(run.trainer, len(parts.data.train), launch.num_ranks(run))
         optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+        strategies.refuse_optimizer(run, parts.host)
         optim.make_scheduler(run.scheduler, optimizer, plan.total)
         found = describe.plan(parts, plan, quiet=as_json)
     if as_json:

@@ -16,6 +16,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,6 +75,20 @@ def test_a_second_start_of_a_finished_run_changes_nothing(
     again = cli(*tiny_run)
     assert "finished" in again.stderr
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_run_of_an_earlier_version_that_lacks_groups_and_keys_goes_on(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    cli(*tiny_run)
+    (run_dir / "result.json").unlink()
+    for path in (run_dir / "config.yaml", run_dir / "checkpoints" / "config.yaml"):
+        written = OmegaConf.load(path)
+        del written.launch, written.trainer.compile, written.method.dropout
+        OmegaConf.save(written, path)
+    assert "resuming after step" in cli(str(run_dir)).stderr
+    assert (run_dir / "result.json").exists()
 
 
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
