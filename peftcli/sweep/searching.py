@@ -102,9 +102,8 @@ class Searching:
         say(f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped")
         controls, stopped, wrong = totals
         if controls:
-            say(
-                f"  of {controls} controls it would have stopped {stopped}, {wrong} of them the best"
-            )
+            of_them = f"{stopped}, {wrong} of them the best"
+            say(f"  of {controls} controls it would have stopped {of_them}")
 
     def _has_news(self, member: Member, run_dir: Path) -> bool:
         path = run_dir / "metrics.jsonl"
