@@ -99,12 +99,11 @@ class Searching:
             found = pruning.wrong_stops(self.study.sweep, goal, curves)
             totals = [a + b for a, b in zip(totals, found, strict=True)]
         pruned = sum(m.state == "pruned" for m in members)
+        say(f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped")
         controls, stopped, wrong = totals
-        say(
-            f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped; of "
-            f"{controls} controls it would have stopped {stopped}, the best among them "
-            f"{wrong} time{'s'[: wrong != 1]}"
-        )
+        if controls:
+            of_them = f"{stopped}, {wrong} of them the best"
+            say(f"  of {controls} controls it would have stopped {of_them}")
 
     def _has_news(self, member: Member, run_dir: Path) -> bool:
         path = run_dir / "metrics.jsonl"
