@@ -228,3 +228,34 @@ class Run:
     strategy: Strategy
     launch: Launch
     logger: Logger
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How the members of a sweep (`-m`) are run: how many at once, for how long, by whom."""
+
+    jobs: Literal["auto"] | Positive = (
+        "auto"  # members at once on this machine; auto: one a GPU, without GPUs one
+    )
+    timeout: Annotated[float, Gt(0.0)] | None = (
+        None  # seconds that one start of a member may take; None: any
+    )
+    max_failures: Positive | None = None  # once so many have failed no member is started; None: any
+    stale_after: Annotated[float, Ge(2.0)] = (
+        120.0  # seconds without a sign after which a process on another machine counts as dead
+    )
+    launcher: Literal["local", "joblib", "ray", "submitit"] = (
+        "local"  # who starts the processes that work on the sweep; local: this one works
+    )
+    workers: Positive = 1  # processes that another launcher starts, each with its own `jobs`
+    launcher_options: dict[str, Any] = field(default_factory=dict)  # arguments of that launcher
+
+
+@dataclass(frozen=True)
+class Command(Run):
+    """What a line composes: a run, and what it says of a sweep, which no run's configuration
+    holds.
+    """
+
+    sweep_dir: str
+    sweep: Sweep

@@ -78,18 +78,8 @@ class Ledger:
         return (self.folder / FILE).is_file()
 
     def begin(self, head: Mapping[str, Any]) -> None:
-        """Make the folder, and write what the sweep is; again with another line, that one counts.
-
-        Raises `ConfigError` where it cannot be made.
-        """
-        try:
-            self.claims.mkdir(parents=True, exist_ok=True)
-            (self.folder / "members").mkdir(exist_ok=True)
-            write_json(self.folder / FILE, head)
-        except OSError as e:
-            raise ConfigError(
-                f"sweep_dir={self.folder}: cannot be written ({e.strerror}). Choose another one."
-            ) from None
+        """Write what the sweep is; after another line in the same folder, the new one counts."""
+        write_json(self.folder / FILE, head)
 
     def head(self) -> dict[str, Any]:
         """What sweep.json says. Raises `ConfigError` where there is no sweep."""
@@ -102,7 +92,17 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Plan alone: no two processes add members at the same time."""
+        """Plan alone: no two processes add members at the same time. Makes the folder.
+
+        Raises `ConfigError` where it cannot be made.
+        """
+        try:
+            self.claims.mkdir(parents=True, exist_ok=True)
+            (self.folder / "members").mkdir(exist_ok=True)
+        except OSError as e:
+            raise ConfigError(
+                f"sweep_dir={self.folder}: cannot be written ({e.strerror}). Choose another one."
+            ) from None
         with FileLock(self.folder / ".lock"):
             yield
 
@@ -135,6 +135,12 @@ class Ledger:
         self.run_dir(member.id).mkdir(parents=True, exist_ok=True)
         write_json(self.run_dir(member.id) / "member.json", dataclasses.asdict(changed))
         return changed
+
+    def forget(self, id: str) -> None:
+        """Take out a member that could not be composed, and now can."""
+        (self.run_dir(id) / "member.json").unlink(missing_ok=True)
+        if self.run_dir(id).is_dir():
+            self.run_dir(id).rmdir()
 
     def trials(self) -> list[Trial]:
         """All members as a search sees them."""

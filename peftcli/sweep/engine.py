@@ -1,0 +1,228 @@
+"""`peft-train -m`: from the words of a line to a finished sweep folder.
+
+All members are composed and checked before any runs. The folder is the only thing that processes
+share: whoever plans, works, stops or is killed, the same line goes on from what it says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from peftcli import config, folders
+from peftcli.errors import Stopped, UserError
+from peftcli.screen import log_to, say
+from peftcli.settings import Sweep
+from peftcli.sweep import board, cost, process
+from peftcli.sweep.ledger import ENDED, FILE, Ledger, Member, Trial, id_of_words, read_json
+from peftcli.sweep.line import Composer, Line, Words
+from peftcli.sweep.work import Hopeless, Worker
+from peftcli.versions import versions
+
+LOG = "sweep.log"
+Propose = Callable[[list[Trial]], list[Words]]  # the trials so far -> members to add
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A member as a line means it; without a configuration where there is a reason why not."""
+
+    id: str
+    words: Words  # its own
+    unmade_id: str  # of the same words where they cannot be composed
+    cfg: DictConfig | None = None
+    reason: str | None = None
+    exit_code: int | None = None
+
+
+def main(args: argparse.Namespace) -> int:
+    """`peft-train -m`: every combination of the line's choices."""
+    composer = Composer(args.config_dirs, args.config_name)
+    line = composer.read(args.overrides)
+    return run(line.grid, line, composer, dry_run=args.dry_run, retry_failed=args.retry_failed)
+
+
+def run(
+    members: Sequence[Words],
+    line: Line,
+    composer: Composer,
+    *,
+    dry_run: bool = False,
+    retry_failed: bool = False,
+    propose: Propose | None = None,
+    hopeless: Hopeless | None = None,
+) -> int:
+    """Run these members, each `line.base` with words of its own, and what `propose` adds to them.
+
+    What is done stays done. Returns 0 where all are done, 75 where a signal stopped the work, 1
+    where any failed. `propose` is asked, by one process at a time, when no member waits; `hopeless`
+    about each member that runs.
+    """
+    ledger = Ledger(folder_of(line))
+    planned = plan(members, line.base, composer)
+    if dry_run:
+        cost.show(listed(planned, ledger), ledger, len(process.slots(line.sweep.jobs)))
+        return 0
+    with ledger.locked():
+        begin(ledger, line, composer)
+        add(planned, ledger)
+        if retry_failed:
+            retry({p.id for p in planned}, ledger)
+    log_to(ledger.folder / LOG)
+
+    def more() -> bool:
+        assert propose is not None
+        with ledger.locked():
+            return add(plan(propose(ledger.trials()), line.base, composer), ledger)
+
+    ids = None if propose else {p.id for p in planned}
+    if line.sweep.launcher != "local":
+        from peftcli.sweep import launchers
+
+        was_stopped = launchers.run(ledger, line.sweep, ids)
+        return conclude(ledger, ids, was_stopped=was_stopped)
+    return work(ledger, line.sweep, ids, more if propose else None, hopeless)
+
+
+def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
+    """`peft-train sweep-worker`: work on a sweep that was planned elsewhere, until the file of
+    this name appears in its folder.
+    """
+    ledger = Ledger(folder.absolute())
+    head = ledger.head()
+    os.chdir(head["folder"])  # where the line was given; its paths may be relative
+    settings = Sweep(**{**head["sweep"], **({"jobs": jobs} if jobs else {})})
+    log_to(ledger.folder / LOG)
+    return work(ledger, settings, None, stop_file=ledger.folder / stop_file if stop_file else None)
+
+
+def work(
+    ledger: Ledger,
+    settings: Sweep,
+    ids: set[str] | None,
+    more: Callable[[], bool] | None = None,
+    hopeless: Hopeless | None = None,
+    stop_file: Path | None = None,
+) -> int:
+    """Work in this process until all members have ended; the exit code of the sweep."""
+    from peftcli import run  # noqa: F401 - imported before members are forked, so that it is shared
+
+    mine = members_of(ledger, ids)
+    left = [m for m in mine if m.state not in ENDED]
+    shares, screen = process.slots(settings.jobs), board.Board(len(mine))
+    worker = Worker(ledger, settings, shares, screen, ids, more, hopeless, stop_file)
+    if left or more:
+        worker.work()
+    return conclude(ledger, ids, was_stopped=worker.was_stopped)
+
+
+def conclude(ledger: Ledger, ids: set[str] | None, *, was_stopped: bool) -> int:
+    """Say how the members stand; the exit code."""
+    mine = members_of(ledger, ids)
+    board.report(mine, ledger)
+    if was_stopped:
+        return Stopped.exit_code
+    if any(m.state == "failed" for m in mine):
+        return 1
+    return Stopped.exit_code if any(m.state not in ENDED for m in mine) else 0
+
+
+def members_of(ledger: Ledger, ids: set[str] | None) -> list[Member]:
+    """The members with these ids; all for None."""
+    return [m for m in ledger.members() if ids is None or m.id in ids]
+
+
+# -- Planning --------------------------------------------------------------------------------------
+def folder_of(line: Line) -> Path:
+    """The line's folder: the one that it names, or the newest of the same line, or a new one."""
+    if line.folder_is_given:
+        return line.folder
+    for path in sorted(line.folder.parent.glob(f"*/{FILE}"), reverse=True):
+        if read_json(path).get("identity") == line.identity:
+            say(f"going on with the same line's sweep in {folders.shown(path.parent)}", "cyan")
+            return path.parent
+    return line.folder
+
+
+def plan(members: Sequence[Words], base: Words, composer: Composer) -> list[Planned]:
+    """Every member composed and checked, each run once."""
+    found: dict[str, Planned] = {}
+    for words in members:
+        unmade_id = id_of_words([*base, *words])
+        try:
+            id, cfg = composer.member([*base, *words])
+            made = Planned(id, words, unmade_id, cfg)
+        except UserError as e:
+            reason = process.one_line(str(e))
+            made = Planned(unmade_id, words, unmade_id, None, reason, e.exit_code)
+        found.setdefault(made.id, made)
+    return list(found.values())
+
+
+def begin(ledger: Ledger, line: Line, composer: Composer) -> None:
+    """What sweep.json says of the line; when it was begun stays."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    before = ledger.head() if ledger.exists() else {}
+    ledger.begin(
+        {
+            "line": line.given,
+            "keys": list(line.swept),
+            "created_at": before.get("created_at", now),
+            "versions": versions(),
+            "identity": line.identity,
+            "sweep": dataclasses.asdict(line.sweep),
+            "config_dirs": [str(p.absolute()) for p in composer.config_dirs],
+            "config_name": composer.config_name,
+            "folder": str(Path.cwd()),
+        }
+    )
+
+
+def listed(planned: Sequence[Planned], ledger: Ledger) -> list[Member]:
+    """The members as the ledger has them, and, of those that are new, as they would begin."""
+    before = {m.id: m for m in ledger.members()}
+    last = max((m.number for m in before.values()), default=0)
+    fresh = [p for p in planned if p.id not in before]
+    made = {
+        p.id: Member(
+            p.id,
+            last + i,
+            p.words,
+            state="waiting" if p.cfg is not None else "failed",
+            exit_code=p.exit_code,
+            reason=p.reason,
+        )
+        for i, p in enumerate(fresh, 1)
+    }
+    return [before.get(p.id) or made[p.id] for p in planned]
+
+
+def add(planned: Sequence[Planned], ledger: Ledger) -> bool:
+    """Give the members that are new their folders; whether there are any. Under the lock."""
+    for unmade in {p.unmade_id for p in planned if p.cfg is not None}:
+        ledger.forget(unmade)
+    members = [m for m in listed(planned, ledger) if ledger.member(m.id) is None]
+    by_id = {p.id: p for p in planned}
+    for member in members:
+        cfg, run_dir = by_id[member.id].cfg, ledger.run_dir(member.id)
+        if cfg is not None:
+            cfg.run_dir = str(run_dir)
+            config.save(cfg, run_dir)
+            (run_dir / ".hydra").mkdir(exist_ok=True)
+            OmegaConf.save(list(member.overrides), run_dir / ".hydra" / "overrides.yaml")
+        ledger.write(member)
+    return bool(members)
+
+
+def retry(ids: set[str], ledger: Ledger) -> None:
+    """Let failed members wait again."""
+    for member in members_of(ledger, ids):
+        if member.state == "failed" and (ledger.run_dir(member.id) / config.FILE).exists():
+            ledger.write(member, state="waiting")
