@@ -33,6 +33,7 @@ HELP = """\
   eval       measure a run folder's adapter on its held-out examples
   generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
   export     write a run folder's adapter, or the model with it merged in, for other tools
+  table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -436,6 +437,14 @@ TRAITS = {
 }
 
 
+# -- Results ---------------------------------------------------------------------------------------
+def table(words: list[str]) -> int:
+    """Numbers of many runs side by side."""
+    from peftcli.tables import verbs
+
+    return verbs.table(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -513,6 +522,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "export": export,
+    "table": table,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,

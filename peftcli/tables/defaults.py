@@ -20,7 +20,7 @@ from peftcli.folders import text_of
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration with the defaults of the keys it lacks, group by group."""
     return {
-        group: {**_defaults(group, str(value["_target_"])), **value}
+        group: {**defaults(group, str(value["_target_"])), **value}
         if isinstance(value, Mapping) and "_target_" in value
         else value
         for group, value in config.items()
@@ -28,10 +28,10 @@ def filled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _defaults(group: str, target: str) -> dict[str, Any]:
+def defaults(group: str, target: str) -> dict[str, Any]:
     """The defaults of a group's keys by what its `_target_` is."""
     if group == "method":
-        path = folders.choices("method").get(target.split(".")[-2])
+        path = folders.choices("method").get(target.split(".")[-2:][0])
         return yaml.safe_load(text_of(path)) if path else {}
     made = settings.Optimizer if group == "optimizer" else getattr(settings, group.title(), None)
     if made is None:

@@ -35,11 +35,21 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows of cells under unique headers, and what must be said beneath."""
+class Column:
+    """What people read above a column, and its name for machines, in whose values no unit is
+    rounded away.
+    """
 
     title: str
-    header: tuple[str, ...]
+    key: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under columns with unique keys, and what must be said beneath."""
+
+    title: str
+    header: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()  # commands that fill cells
@@ -105,8 +115,8 @@ def render(table: Table, format: str) -> str:
 def _rich(table: Table) -> RichTable:
     found = RichTable(box=None, padding=(0, 2, 0, 0), header_style="bold", title=Text(table.title))
     found.title_style, found.title_justify = "bold cyan", "left"
-    for i, name in enumerate(table.header):
-        found.add_column(Text(name), justify="right" if table.is_number(i) else "left")
+    for i, column in enumerate(table.header):
+        found.add_column(Text(column.title), justify="right" if table.is_number(i) else "left")
     for row in table.rows:
         found.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in row))
     return found
@@ -121,7 +131,7 @@ def _markdown(table: Table) -> str:
         return f"**{plain}**" if cell.bold else plain
 
     rules = ["---:" if table.is_number(i) else "---" for i in range(len(table.header))]
-    written = line([text(Cell(name)) for name in table.header]) + line(rules)
+    written = line([text(Cell(column.title)) for column in table.header]) + line(rules)
     written += "".join(line([text(cell) for cell in row]) for row in table.rows)
     for name, lines in table.remarks:
         code = "`" if name == "to fill" else ""
@@ -153,7 +163,7 @@ def _latex(table: Table) -> str:
     places = "".join("r" if table.is_number(i) else "l" for i in range(len(table.header)))
     lines = [rf"% {_one_line(table.title)}; \usepackage{{booktabs}}"]
     lines += [rf"\begin{{tabular}}{{{places}}}", r"\toprule"]
-    lines += [line([Cell(name) for name in table.header]), r"\midrule"]
+    lines += [line([Cell(column.title) for column in table.header]), r"\midrule"]
     lines += [*map(line, table.rows), r"\bottomrule", r"\end{tabular}"]
     lines += [f"% {name}: {_one_line(one)}" for name, some in table.remarks for one in some]
     return "\n".join(lines) + "\n"
@@ -163,7 +173,7 @@ def _csv(table: Table) -> str:
     """Full precision; beside a column of means one each of deviations and of numbers of seeds."""
     spread = [any(row[i].seeds is not None for row in table.rows) for i in range(len(table.header))]
     columns: list[tuple[str, Callable[[tuple[Cell, ...]], Any]]] = []
-    for i, name in enumerate(table.header):
+    for i, name in enumerate(column.key for column in table.header):
         columns.append((name, lambda row, i=i: row[i].value))
         if spread[i]:
             columns.append((f"{name} std", lambda row, i=i: row[i].deviation))
@@ -184,7 +194,8 @@ def _json(table: Table) -> str:
         named = {"mean": cell.value, "std": cell.deviation, "seeds": cell.seeds}
         return named | {"interval_95": cell.interval, "text": cell.text}
 
-    rows = [dict(zip(table.header, map(data, row), strict=True)) for row in table.rows]
+    keys = [column.key for column in table.header]
+    rows = [dict(zip(keys, map(data, row), strict=True)) for row in table.rows]
     about = {"notes": table.notes, "failed": table.failed, "missing": table.missing}
     return json.dumps({"title": table.title, "rows": rows, **about}, indent=2) + "\n"
 

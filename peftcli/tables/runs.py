@@ -191,7 +191,7 @@ def _words(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     words = {g: config[g].get(key) for g, key in CALLED.items() if g in config}
     if "method" in config:
-        words["method"] = str(config["method"].get("_target_", "")).split(".")[-2]
+        words["method"] = str(config["method"].get("_target_", "")).split(".")[-2:][0]
     if "optimizer" in config:
         words["optimizer"] = str(config["optimizer"].get("_target_", "")).rpartition(".")[2]
     return words
