@@ -198,6 +198,10 @@ def sweep(args: argparse.Namespace) -> int:
     """Every member of a sweep in a process of its own."""
     if "RANK" in os.environ:
         raise ConfigError("a sweep starts the processes of its runs itself: leave torchrun out.")
+    if any(word.startswith("+table") for word in args.overrides):
+        from peftcli.sweep import of_table
+
+        return of_table.main(args)
     from peftcli.sweep import engine
 
     return engine.main(args)

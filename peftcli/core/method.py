@@ -77,6 +77,7 @@ class Method:
     publishes_model: ClassVar[bool] = False  # what others get is the whole model, not an adapter
     lays_tokens: ClassVar[bool] = False  # lays tokens of its own before a row: rows are not packed
     on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
+    size_option: ClassVar[str | None] = None  # the field by which more or fewer numbers train
 
     modules_to_save: tuple[
         str, ...

@@ -124,6 +124,7 @@ class LowRank(Method):
     """What LoRA and DoRA have in common: ranks, scales, and their place in peft."""
 
     family: ClassVar[str] = "low-rank"
+    size_option: ClassVar[str | None] = "r"
     peft_type: ClassVar[str | None] = "LORA"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "r": "r",

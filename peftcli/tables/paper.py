@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from peftcli import folders
 from peftcli.config import Check
 from peftcli.errors import ConfigError, did_you_mean
 from peftcli.folders import shown
+from peftcli.tables.render import Cell, Table
 
 SUITES = Path(__file__).with_name("suites.yaml")
 Certainty = Literal["read", "recalled", "derived", "uncertain"]
@@ -37,6 +38,11 @@ class Source:
     arxiv: str
     table: str  # which of the paper's
 
+    @property
+    def line(self) -> str:
+        """Who printed it, where."""
+        return f"{self.authors} {self.year}, arXiv {self.arxiv}, {self.table}"
+
 
 @dataclass(frozen=True)
 class Column:
@@ -48,7 +54,9 @@ class Column:
     overrides: tuple[str, ...] = ()  # which data
     scale: float = 100.0  # printed number / a run's
     mean_of: tuple[str, ...] = ()  # other columns, in place of data
-    collapsed_below: float | None = None  # printed numbers under it are of runs that learned nothing
+    collapsed_below: float | None = (
+        None  # printed numbers under it are of runs that learned nothing
+    )
     reason: str | None = None  # why no run fills it
 
 
@@ -97,7 +105,11 @@ class Paper:
             return None
         if column is None:
             return (*self.overrides, *row.overrides)
-        if column.metric is None or column.mean_of or column.name not in (row.columns or [column.name]):
+        if (
+            column.metric is None
+            or column.mean_of
+            or column.name not in (row.columns or [column.name])
+        ):
             return None
         return (*self.overrides, *row.overrides, *column.overrides)
 
@@ -185,37 +197,89 @@ def as_printed(count: float, base: int, like: str) -> str:
     return f"{value:{comma}.{len(match['digits'] or '')}f}{match['unit']}"
 
 
-# -- Cells as runs ---------------------------------------------------------------------------------
-def cells(
-    paper: Paper,
-    extra: Sequence[str] = (),
-    rows: Sequence[str] = (),
-    columns: Sequence[str] = (),
-) -> Iterator[tuple[str, ...]]:
-    """The overrides of every run that the table is made of: rows x columns x seeds, but for cells
-    that no run fills. `extra` is put over each; `rows` and `columns` choose some by name.
+# -- What a command line asks for ------------------------------------------------------------------
+@dataclass(frozen=True)
+class Asked:
+    """A table by its name, and which of its rows and columns; (): all."""
 
-    Raises `ConfigError` for a name that the table does not have, or where nothing is left to run.
+    name: str
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    def of(self, paper: Paper) -> Paper:
+        """The table with these rows and columns alone. Raises `ConfigError` for a name that it does
+        not have.
+        """
+        for key, chosen, of in (
+            ("rows", self.rows, paper.rows),
+            ("columns", self.columns, paper.columns),
+        ):
+            there = [each.name for each in of]
+            for name in chosen:
+                if name not in there:
+                    hint = did_you_mean(name, there)
+                    raise ConfigError(f"table.{key}: no {name!r}.{hint} All: {', '.join(there)}.")
+        rows = tuple(r for r in paper.rows if r.name in (self.rows or [r.name]))
+        columns = tuple(c for c in paper.columns if c.name in (self.columns or [c.name]))
+        return dataclasses.replace(paper, rows=rows, columns=columns)
+
+
+def is_name(word: str) -> bool:
+    """Whether a word says which table."""
+    return key_of(word) == "table"
+
+
+def asked_of(words: Sequence[str]) -> tuple[Asked, list[str]]:
+    """What `+table=NAME`, `table.rows=[...]` and `table.columns=[...]` ask for, and the words that
+    are none of these.
     """
-    for chosen, kind, of in ((rows, "rows", paper.rows), (columns, "columns", paper.columns)):
-        all_names = [each.name for each in of]
-        for name in chosen:
-            if name not in all_names:
-                hint = did_you_mean(name, all_names)
-                raise ConfigError(f"table.{kind}: no {name!r}.{hint} All: {', '.join(all_names)}.")
-    seeded = any(key_of(word) == "seed" for word in extra)
+    said = {key_of(w): w.partition("=")[2] for w in words if key_of(w).split(".")[0] == "table"}
+    for key in said:
+        if key not in ("table", "table.rows", "table.columns"):
+            raise ConfigError(f"{key}: of a table there are table.rows and table.columns.")
+    chosen = {key: _listed(said.get(f"table.{key}", "")) for key in ("rows", "columns")}
+    rest = [word for word in words if key_of(word) not in said]
+    return Asked(said.get("table", ""), **chosen), rest
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """`[a, b]` or `a,b`."""
+    text = text.strip()
+    inside = text[1:-1] if text.startswith("[") else text
+    return tuple(word.strip() for word in inside.split(",") if word.strip())
+
+
+def listed(config_dirs: Sequence[Path] = ()) -> Table:
+    """All tables, one a row."""
+    papers = {name: read(name, config_dirs) for name in sorted(names(config_dirs))}
+    rows = [
+        (Cell(name, name), Cell(p.title, p.title), Cell(source := p.source.line, source))
+        for name, p in papers.items()
+    ]
+    return Table(
+        "published tables: peft-train table +table=NAME", ("name", "what", "source"), tuple(rows)
+    )
+
+
+# -- Cells as runs ---------------------------------------------------------------------------------
+def cells(paper: Paper, extra: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """The overrides of every run that the table is made of: rows x columns x seeds, but for cells
+    that no run fills. `extra` is put over each.
+
+    Raises `ConfigError` where nothing is left to run.
+    """
+    seeds = () if any(key_of(word) == "seed" for word in extra) else paper.seeds
     made = [
-        over(words if seeded else (*words, f"seed={seed}"), extra)
+        over((*words, *seed), extra)
         for row in paper.rows
         for column in paper.columns
-        if row.name in (rows or [row.name]) and column.name in (columns or [column.name])
         if (words := paper.words(row, column)) is not None
-        for seed in (paper.seeds[:1] if seeded else paper.seeds)
+        for seed in [(f"seed={s}",) for s in seeds] or [()]
     ]
     if not made:
-        why = dict.fromkeys(c.reason for c in paper.columns if c.reason)
+        why = dict.fromkeys(each.reason for each in (*paper.columns, *paper.rows) if each.reason)
         raise ConfigError(f"no cell of this table can be run here: {'; '.join(map(str, why))}.")
-    yield from made
+    return made
 
 
 def over(words: Sequence[str], extra: Sequence[str]) -> tuple[str, ...]:
@@ -244,5 +308,3 @@ def mean(column: Column, scores: Mapping[str, float]) -> float | None:
     """The mean of a column's others; None unless all are there."""
     found = [scores[name] for name in column.mean_of if name in scores]
     return sum(found) / len(found) if found and len(found) == len(column.mean_of) else None
-
-

@@ -6,13 +6,16 @@ import argparse
 from pathlib import Path
 
 from peftcli.cli import Parser
+from peftcli.tables import paper
 from peftcli.tables.render import FORMATS, write
 from peftcli.tables.runs import read_runs
 from peftcli.tables.table import Asked, make_table
 
 
 def table(words: list[str]) -> int:
-    """Numbers of many runs side by side."""
+    """Numbers of many runs side by side; with +table=NAME, a published table beside them."""
+    if any(paper.is_name(word) for word in words):
+        return published(words)
     parser = Parser(
         prog="peft-train table",
         description="The table of a paper from run folders, sweep folders, or folders above them.",
@@ -23,6 +26,35 @@ def table(words: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
     args = parser.parse_args(words)
     write(make_table(read_runs(args.runs), asked(args)), args.format, args.output)
+    return 0
+
+
+def published(words: list[str]) -> int:
+    """What a paper printed beside what is counted and measured here."""
+    parser = Parser(
+        prog="peft-train table",
+        usage="peft-train table +table=NAME [RUNS ...] [key=value ...] [flags]",
+        description="A published table: printed numbers beside parameters counted here and scores "
+        "of runs that were started by its cells' words (peft-train -m +table=NAME). "
+        "+table alone lists the tables.",
+    )
+    parser.add_argument("words", nargs="+", metavar="+table=NAME, RUNS, key=value")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with table/")
+    parser.add_argument("--format", choices=FORMATS, help="rich, or what --output ends in")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
+    args = parser.parse_intermixed_args(words)
+    dirs = [args.config_dir] if args.config_dir else []
+    asked, rest = paper.asked_of(args.words)
+    if not asked.name:
+        write(paper.listed(dirs), args.format, args.output)
+        return 0
+    from peftcli.tables import printed
+
+    runs = read_runs([Path(word) for word in rest if "=" not in word])
+    extra = [word for word in rest if "=" in word]
+    wide = (args.format or (args.output.suffix[1:] if args.output else "")) in ("csv", "json")
+    made = printed.make_table(asked, runs, extra, dirs, wide=wide)
+    write(made, args.format, args.output)
     return 0
 
 
