@@ -34,6 +34,9 @@ HELP = """\
   generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
   export     write a run folder's adapter, or the model with it merged in, for other tools
   table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
+  diff       why two runs have different numbers: keys, data, versions, first step that differs
+  report     one HTML page of many runs: table, curves, costs, differences
+  plot       the figures of a paper: curves, learning rates, costs with the Pareto front
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
@@ -449,6 +452,27 @@ def table(words: list[str]) -> int:
     return verbs.table(words)
 
 
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    from peftcli.tables import verbs
+
+    return verbs.diff(words)
+
+
+def report(words: list[str]) -> int:
+    """One HTML page about many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.report(words)
+
+
+def plot(words: list[str]) -> int:
+    """Figures of many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.plot(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -527,6 +551,9 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "export": export,
     "table": table,
+    "diff": diff,
+    "report": report,
+    "plot": plot,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,

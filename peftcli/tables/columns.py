@@ -66,7 +66,7 @@ def make_columns(rows: Sequence[Row], plan: Plan, tuned: Sequence[str]) -> Colum
         columns.append((Column("tried", "tried"), _over_cells(lambda cell: cell.tried, number)))
     if any(cell.tuning for row in rows for cell in row.cells.values()):
         columns.append((Column("tuning gap", "tuning_gap"), _gap(plan)))
-    columns.append((Column("seeds", "seeds"), _over_cells(lambda cell: len(cell.runs), number)))
+    columns.append((Column("seeds", "seeds"), _seeds))
     return columns + _costs()
 
 
@@ -231,14 +231,17 @@ def _over_cells(of: Callable[[Cell], int], text: Callable[[Any], str]) -> Make:
     return lambda row: span([of(cell) for cell in row.cells.values()], text)
 
 
+def _seeds(row: Row) -> Shown:
+    return span([len(cell.runs) for cell in row.cells.values() if cell.runs], number)
+
+
 def span(values: Sequence[float], text: Callable[[Any], str]) -> Shown:
-    """One number where all are equal, else smallest .. largest."""
+    """One number where all are equal; else smallest .. largest, and their mean for machines."""
     if not values:
         return Shown()
     low, high = min(values), max(values)
-    if low == high:
-        return Shown(text(low), low)
-    return Shown(f"{text(low)} .. {text(high)}", f"{low} .. {high}")
+    words = text(low) if text(low) == text(high) else f"{text(low)} .. {text(high)}"
+    return Shown(words, low if low == high else plain.fmean(values))
 
 
 # -- What was chosen -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from peftcli.catalog import screen
-from peftcli.errors import ConfigError
+from peftcli.errors import ConfigError, did_you_mean
 
 PLUS_MINUS = "\u00b1"
 SUFFIXES = {".md": "markdown", ".csv": "csv", ".tex": "latex", ".json": "json"}
@@ -67,6 +67,21 @@ class Table:
         return [(name, lines) for name, lines in listed if lines]
 
 
+def selected(table: Table, words: Sequence[str]) -> Table:
+    """The table with only these columns, in this order; all where none is named. Raises
+    `ConfigError` where there is no such column.
+    """
+    keys = [column.key for column in table.header]
+    for word in words:
+        if word not in keys:
+            raise ConfigError(
+                f"--show {word}: no such column.{did_you_mean(word, keys)} All: {', '.join(keys)}."
+            )
+    kept = [keys.index(word) for word in words or keys]
+    rows = tuple(tuple(row[i] for i in kept) for row in table.rows)
+    return replace(table, header=tuple(table.header[i] for i in kept), rows=rows)
+
+
 def write(table: Table, format: str | None, output: Path | None) -> None:
     """Print a table, or write it to a file, whose name may say the format (.md .csv .tex .json).
 
@@ -108,7 +123,7 @@ def show(table: Table, format: str) -> None:
 
 
 def render(table: Table, format: str) -> str:
-    """The table as text in one of `FORMATS` but rich."""
+    """The table as text: in markdown, csv, latex or json."""
     return RENDERERS[format](table)
 
 
@@ -210,4 +225,3 @@ RENDERERS: dict[str, Callable[[Table], str]] = {
     "latex": _latex,
     "json": _json,
 }
-FORMATS = ("rich", *RENDERERS)

@@ -31,6 +31,7 @@ CALLED = {
     "strategy": "name",
     "logger": "name",
 }
+GROUP_WORDS = (*CALLED, "method", "optimizer")  # keys of a record that name a group's choice
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where it is: ten times as fast
 
 
@@ -113,6 +114,14 @@ def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
     return [found[folder] for folder in sorted(found)]
 
 
+def read_run(path: Path) -> RunRecord:
+    """The run of one folder. Raises `ConfigError` where it holds several."""
+    found = read_runs([path])
+    if len(found) > 1:
+        raise ConfigError(f"{path}: holds {len(found)} runs; name one, such as {found[0].name}.")
+    return found[0]
+
+
 def _folders(path: Path) -> Iterator[Path]:
     """Run folders at or below a path."""
     if not path.is_dir():
@@ -153,8 +162,10 @@ def _sweep(folder: Path) -> Sweep | None:
     said = _json(top / SWEEP)
     if not said:
         return None
-    seeds = {k: tuple(said.get(k) or ()) for k in ("tuning_seeds", "test_seeds")}
-    return Sweep(top, tuple(said.get("line", ())), **seeds)
+    line = tuple(said.get("line", ()))
+    keys = _chosen(line, all_keys=True)
+    seeds = (tuple(keys.get(f"sweep.{kind}_seeds") or ()) for kind in ("tuning", "test"))
+    return Sweep(top, line, *seeds)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ values were chosen, and what is missing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftcli.errors import ConfigError
 from peftcli.tables import missing, protocol
@@ -45,14 +45,18 @@ def make_table(runs: Sequence[RunRecord], asked: Asked) -> Table:
     Raises `ConfigError` where a key, the metric or a row is unknown, seeds overlap, or the runs'
     protocols differ and the table does not show it.
     """
-    plan = shown_plan(runs, make_plan(runs, asked), asked.show_differences)
+    return table_of(runs, plan_of(runs, asked), asked.paired)
+
+
+def table_of(runs: Sequence[RunRecord], plan: Plan, paired: str | None = None) -> Table:
+    """The table of a plan; `paired`: the row that the others are compared with."""
     tuned = tuned_keys(runs, plan.keys)
     kept, doubles = without_doubles(runs, plan, tuned)
     cells = make_cells(kept, plan, tuned)
     rows = make_rows(cells, plan)
     columns = make_columns(rows, plan, tuned)
-    if asked.paired is not None:
-        columns += paired_columns(asked.paired, rows, plan)
+    if paired is not None:
+        columns += paired_columns(paired, rows, plan)
     made = [[make(row) for row in rows] for _, make in columns]
     made = [
         bold_best(cells, plan.metric) if column.key.startswith(plan.metric) else cells
@@ -62,15 +66,27 @@ def make_table(runs: Sequence[RunRecord], asked: Asked) -> Table:
         title=f"{plan.metric} by {', '.join(plan.keys)}",
         header=tuple(column for column, _ in columns),
         rows=tuple(zip(*made, strict=True)),
-        notes=tuple(notes(kept, cells, doubles, plan, tuned, asked.paired)),
+        notes=tuple(notes(kept, cells, doubles, plan, tuned, paired)),
         missing=tuple(missing.commands(cells, plan)),
         failed=tuple(missing.failures(kept, plan.metric)),
     )
 
 
-def make_plan(runs: Sequence[RunRecord], asked: Asked) -> Plan:
-    """What the user's words mean for these runs. Seeds that are not given are those of the runs'
-    sweeps, where these told them apart.
+def plan_of(runs: Sequence[RunRecord], asked: Asked) -> Plan:
+    """What the user's words mean for these runs, with a row key for each difference of the protocol
+    that is to be shown. Raises what `make_table` raises.
+    """
+    plan = _in_keys(runs, asked)
+    hidden = list(_hidden(runs, plan))
+    if not asked.show_differences:
+        protocol.refuse(hidden)
+    more = dict.fromkeys(one.key for one in hidden)
+    return replace(plan, rows=(*plan.rows, *more))
+
+
+def _in_keys(runs: Sequence[RunRecord], asked: Asked) -> Plan:
+    """The plan in the runs' own keys. Seeds that are not given are those of the runs' sweeps, where
+    these told them apart.
     """
     sweeps = {run.sweep.folder: run.sweep for run in runs if run.sweep is not None}.values()
     tuning = {*asked.tuning_seeds} or {seed for s in sweeps for seed in s.tuning_seeds}
@@ -93,17 +109,6 @@ def make_plan(runs: Sequence[RunRecord], asked: Asked) -> Plan:
         test_seeds=frozenset(test),
         how=asked.how,
     )
-
-
-def shown_plan(runs: Sequence[RunRecord], plan: Plan, show: bool) -> Plan:
-    """The plan with a row key for each difference of the protocol that it does not show yet;
-    without `show` these are refused.
-    """
-    hidden = list(_hidden(runs, plan))
-    if not show:
-        protocol.refuse(hidden)
-    more = dict.fromkeys(one.key for one in hidden)
-    return Plan(**{**vars(plan), "rows": (*plan.rows, *more)})
 
 
 def _hidden(runs: Sequence[RunRecord], plan: Plan) -> Iterator[Difference]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftcli.cli import Parser
-from peftcli.tables import paper
-from peftcli.tables.render import FORMATS, write
-from peftcli.tables.runs import read_runs
-from peftcli.tables.table import Asked, make_table
+
+if TYPE_CHECKING:
+    from peftcli.tables.table import Asked
+
+FORMATS = ("rich", "markdown", "csv", "latex", "json")
 
 
 def table(words: list[str]) -> int:
     """Numbers of many runs side by side; with +table=NAME, a published table beside them."""
-    if any(paper.is_name(word) for word in words):
+    if any(word.startswith("+table") for word in words):
         return published(words)
     parser = Parser(
         prog="peft-train table",
@@ -22,10 +24,82 @@ def table(words: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders")
     add_asked(parser)
+    parser.add_argument(
+        "--show", type=words_of, default=(), metavar="COLUMN,...", help="only these, in this order"
+    )
     parser.add_argument("--format", choices=FORMATS, help="rich, or what --output ends in")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
     args = parser.parse_args(words)
-    write(make_table(read_runs(args.runs), asked(args)), args.format, args.output)
+    from peftcli.tables.render import selected, write
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import make_table
+
+    found = make_table(read_runs(args.runs), asked(args))
+    write(selected(found, args.show), args.format, args.output)
+    return 0
+
+
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    parser = Parser(
+        prog="peft-train diff",
+        description="Why two runs have different numbers: keys, data, versions, hardware, and the "
+        "first step where they part.",
+    )
+    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="a run folder")
+    parser.add_argument("run_b", type=Path, metavar="RUN_B", help="another")
+    parser.add_argument("--json", action="store_true", help="the same as JSON on stdout")
+    args = parser.parse_args(words)
+    from peftcli.tables import diff
+    from peftcli.tables.runs import read_run
+
+    a, b = (read_run(path) for path in (args.run_a, args.run_b))
+    diff.show(a, b, diff.compare(a, b), args.json)
+    return 0
+
+
+def report(words: list[str]) -> int:
+    """One HTML page."""
+    parser = Parser(
+        prog="peft-train report",
+        description="One HTML page from many runs: the table, curves, costs, and the keys in which "
+        "runs differ. It needs no network.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="report.html")
+    add_asked(parser)
+    args = parser.parse_args(words)
+    from peftcli.tables.render import save
+    from peftcli.tables.report import page
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import plan_of, table_of
+
+    runs = read_runs(args.runs)
+    plan = plan_of(runs, asked(args))
+    save(args.output, page(runs, table_of(runs, plan, args.paired), plan))
+    print(args.output)
+    return 0
+
+
+def plot(words: list[str]) -> int:
+    """Figures."""
+    parser = Parser(
+        prog="peft-train plot",
+        description="Figures from many runs as PNG and SVG: loss and metrics by step; the metric "
+        "by learning rate, parameters, memory and time, with the Pareto front.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="folders")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for the figures")
+    add_asked(parser)
+    args = parser.parse_args(words)
+    from peftcli.tables.plots import write_plots
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import plan_of, table_of
+
+    runs = read_runs(args.runs)
+    plan = plan_of(runs, asked(args))
+    for path in write_plots(runs, table_of(runs, plan), plan, args.output):
+        print(path)
     return 0
 
 
@@ -43,6 +117,10 @@ def published(words: list[str]) -> int:
     parser.add_argument("--format", choices=FORMATS, help="rich, or what --output ends in")
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
     args = parser.parse_intermixed_args(words)
+    from peftcli.tables import paper
+    from peftcli.tables.render import write
+    from peftcli.tables.runs import read_runs
+
     dirs = [args.config_dir] if args.config_dir else []
     asked, rest = paper.asked_of(args.words)
     if not asked.name:
@@ -61,14 +139,21 @@ def published(words: list[str]) -> int:
 def add_asked(parser: Parser) -> None:
     """The options that say which table."""
     parser.add_argument(
-        "--rows", type=words_of, default=("method",), metavar="KEY,...", help="(method)"
+        "--rows",
+        type=words_of,
+        default=("method",),
+        metavar="KEY,...",
+        help="what a row is (method)",
     )
     parser.add_argument(
-        "--columns", type=words_of, default=(), metavar="KEY,...", help="e.g. dataset, model"
+        "--columns", type=words_of, default=(), metavar="KEY,...", help="e.g. dataset or model"
     )
-    parser.add_argument("--metric", help="e.g. accuracy; by default what tells the runs' best step")
+    parser.add_argument("--metric", help="by default the one that tells the runs' best step")
     parser.add_argument(
-        "--aggregate", choices=["mean", "iqm"], default="mean", help="iqm: of the middle half"
+        "--aggregate",
+        choices=["mean", "iqm"],
+        default="mean",
+        help="of seeds (mean); iqm: the mean of their middle half",
     )
     parser.add_argument("--paired", metavar="ROW", help="compare with this row on equal seeds")
     parser.add_argument(
@@ -87,6 +172,8 @@ def add_asked(parser: Parser) -> None:
 
 def asked(args: argparse.Namespace) -> Asked:
     """The table that the options say."""
+    from peftcli.tables.table import Asked
+
     return Asked(
         rows=args.rows,
         columns=args.columns,
