@@ -74,6 +74,7 @@ TRAIN_HELP = """\
 
 *Flags (Hydra's)*
   -m, --multirun      every combination of values a,b,c; each run in its own process under multirun/
+                      (sweep.search=random|optuna|de searches them: peft-train explain sweep)
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop

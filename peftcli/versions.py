@@ -15,6 +15,7 @@ PACKAGES = (
     "tokenizers",
     "hydra-core",
     "bitsandbytes",
+    "optuna",
 )
 
 

@@ -53,6 +53,7 @@ class Board:
 
     def started(self, member: Member, goes_on: bool) -> None:
         """A member has begun."""
+        self.total = max(self.total, member.number)  # a search adds members
         say(f"{self._place(member)} {'goes on' if goes_on else 'begins'}: {member.title}", "cyan")
 
     def ended(self, member: Member, ledger: Ledger) -> None:

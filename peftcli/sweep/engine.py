@@ -17,17 +17,17 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from peftcli import config, folders
-from peftcli.errors import Stopped, UserError
+from peftcli.errors import ConfigError, Stopped, UserError
 from peftcli.screen import log_to, say
 from peftcli.settings import Sweep
 from peftcli.sweep import board, cost, process
-from peftcli.sweep.ledger import ENDED, FILE, Ledger, Member, Trial, id_of_words, read_json
+from peftcli.sweep.ledger import ENDED, FILE, Ledger, Member, id_of_words, read_json
 from peftcli.sweep.line import Composer, Line, Words
+from peftcli.sweep.searching import Searching, searching
 from peftcli.sweep.work import Hopeless, Worker
 from peftcli.versions import versions
 
 LOG = "sweep.log"
-Propose = Callable[[list[Trial]], list[Words]]  # the trials so far -> members to add
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ def main(args: argparse.Namespace) -> int:
     """`peft-train -m`: every combination of the line's choices."""
     composer = Composer(args.config_dirs, args.config_name)
     line = composer.read(args.overrides)
-    return run(line.grid, line, composer, dry_run=args.dry_run, retry_failed=args.retry_failed)
+    search = searching(line.sweep, line.space, line.given, args.config_dirs)
+    if line.sweep.prune != "none":
+        require_evaluations(search, line, composer)
+    members = [] if search.proposes else line.grid
+    flags = {"dry_run": args.dry_run, "retry_failed": args.retry_failed}
+    return run(members, line, composer, search=search, **flags)
 
 
 def run(
@@ -56,39 +61,52 @@ def run(
     *,
     dry_run: bool = False,
     retry_failed: bool = False,
-    propose: Propose | None = None,
-    hopeless: Hopeless | None = None,
+    search: Searching | None = None,
 ) -> int:
-    """Run these members, each `line.base` with words of its own, and what `propose` adds to them.
+    """Run these members, each `line.base` with words of its own, and what `search` adds to them.
 
     What is done stays done. Returns 0 where all are done, 75 where a signal stopped the work, 1
-    where any failed. `propose` is asked, by one process at a time, when no member waits; `hopeless`
-    about each member that runs.
+    where any failed.
     """
     ledger = Ledger(folder_of(line))
-    planned = plan(members, line.base, composer)
+    if dry_run and search is not None and search.proposes:
+        members = search.to_come(ledger)
+    planned = plan(members, line, composer)
     if dry_run:
         cost.show(listed(planned, ledger), ledger, len(process.slots(line.sweep.jobs)))
         return 0
     with ledger.locked():
-        begin(ledger, line, composer)
+        begin(ledger, line, composer, is_searched=search is not None)
         add(planned, ledger)
         if retry_failed:
             retry({p.id for p in planned}, ledger)
     log_to(ledger.folder / LOG)
 
-    def more() -> bool:
-        assert propose is not None
-        with ledger.locked():
-            return add(plan(propose(ledger.trials()), line.base, composer), ledger)
-
-    ids = None if propose else {p.id for p in planned}
+    more = adder(search, ledger, line, composer)
+    ids = None if more else {p.id for p in planned}
     if line.sweep.launcher != "local":
         from peftcli.sweep import launchers
 
         was_stopped = launchers.run(ledger, line.sweep, ids)
-        return conclude(ledger, ids, was_stopped=was_stopped)
-    return work(ledger, line.sweep, ids, more if propose else None, hopeless)
+        code = conclude(ledger, ids, was_stopped=was_stopped)
+    else:
+        code = work(ledger, line.sweep, ids, more, search.hopeless if search else None)
+    if search is not None:
+        search.report(ledger)
+    return code
+
+
+def require_evaluations(search: Searching, line: Line, composer: Composer) -> None:
+    """Refuse to judge runs that are not evaluated while they train, as one of them tells."""
+    try:
+        _, cfg = composer.member([*line.base, *search.example])
+    except UserError:
+        return  # it is listed with the reason when it is tried
+    if cfg.trainer.eval_steps is None:
+        raise ConfigError(
+            f"sweep.prune={line.sweep.prune}: judges runs by their evaluations while they train; "
+            "set trainer.eval_steps=N, too."
+        )
 
 
 def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
@@ -99,8 +117,27 @@ def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
     head = ledger.head()
     os.chdir(head["folder"])  # where the line was given; its paths may be relative
     settings = Sweep(**{**head["sweep"], **({"jobs": jobs} if jobs else {})})
+    composer = Composer([Path(p) for p in head["config_dirs"]], head["config_name"])
+    line = composer.read(head["line"])
+    search = searching(line.sweep, line.space, line.given, composer.config_dirs)
     log_to(ledger.folder / LOG)
-    return work(ledger, settings, None, stop_file=ledger.folder / stop_file if stop_file else None)
+    more = adder(search, ledger, line, composer) if head["is_searched"] else None
+    stop = ledger.folder / stop_file if stop_file else None
+    return work(ledger, settings, None, more, search.hopeless, stop)
+
+
+def adder(
+    search: Searching | None, ledger: Ledger, line: Line, composer: Composer
+) -> Callable[[], bool] | None:
+    """What asks a search for further members and plans them; None where all are planned."""
+    if search is None or not search.proposes:
+        return None
+
+    def add_more() -> bool:
+        with ledger.locked():
+            return add(plan(search.propose(ledger), line, composer), ledger)
+
+    return add_more
 
 
 def work(
@@ -111,7 +148,9 @@ def work(
     hopeless: Hopeless | None = None,
     stop_file: Path | None = None,
 ) -> int:
-    """Work in this process until all members have ended; the exit code of the sweep."""
+    """Work in this process until all members have ended; the exit code of the sweep. `more` plans
+    further members when none waits; `hopeless` is asked about each that runs.
+    """
     from peftcli import run  # noqa: F401 - imported before members are forked, so that it is shared
 
     mine = members_of(ledger, ids)
@@ -151,13 +190,18 @@ def folder_of(line: Line) -> Path:
     return line.folder
 
 
-def plan(members: Sequence[Words], base: Words, composer: Composer) -> list[Planned]:
-    """Every member composed and checked, each run once."""
-    found: dict[str, Planned] = {}
+def plan(members: Sequence[Words], line: Line, composer: Composer) -> list[Planned]:
+    """Every member composed and checked, each run once; with `sweep.match_parameters`, at the size
+    at which so many parameters train.
+    """
+    base, found = line.base, dict[str, Planned]()
+    sizes = line.sweep.match_parameters and sizes_for(line.sweep.match_parameters)
     for words in members:
         unmade_id = id_of_words([*base, *words])
         try:
             id, cfg = composer.member([*base, *words])
+            if sizes:
+                id, cfg = composer.member([*base, *words, sizes(cfg)])
             made = Planned(id, words, unmade_id, cfg)
         except UserError as e:
             reason = process.one_line(str(e))
@@ -166,18 +210,39 @@ def plan(members: Sequence[Words], base: Words, composer: Composer) -> list[Plan
     return list(found.values())
 
 
-def begin(ledger: Ledger, line: Line, composer: Composer) -> None:
+def sizes_for(wanted: str) -> Callable[[DictConfig], str]:
+    """What makes a member's method train about `wanted` parameters, as an override; each method on
+    each model is solved once, and said.
+    """
+    from peftcli.sweep.match import match
+
+    known: dict[str, str] = {}
+
+    def size(cfg: DictConfig) -> str:
+        key = str(cfg.model) + str(cfg.method)
+        if key not in known:
+            found = match(config.typed(cfg), wanted)
+            known[key] = found.override
+            name = str(cfg.method._target_).split(".")[-2]
+            say(f"{name}: {found.override} trains {found.parameters:,} of {found.target:,} wanted")
+        return known[key]
+
+    return size
+
+
+def begin(ledger: Ledger, line: Line, composer: Composer, *, is_searched: bool) -> None:
     """What sweep.json says of the line; when it was begun stays."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     before = ledger.head() if ledger.exists() else {}
     ledger.begin(
         {
             "line": line.given,
-            "keys": list(line.swept),
+            "keys": line.space.keys,
             "created_at": before.get("created_at", now),
             "versions": versions(),
             "identity": line.identity,
             "sweep": dataclasses.asdict(line.sweep),
+            "is_searched": is_searched,  # or its members come from elsewhere
             "config_dirs": [str(p.absolute()) for p in composer.config_dirs],
             "config_name": composer.config_name,
             "folder": str(Path.cwd()),

@@ -34,7 +34,14 @@ FILE = "sweep.json"
 # What the hash of a member leaves out: where a run lies, what it is called and where it is logged.
 NOT_IN_HASH = ("run_dir", "name", "resume", "logger")
 # Numbers beside the metrics that a search or a table may ask for.
-COUNTED = ("num_trainable_params", "peak_memory", "tokens_per_second", "train_time", "file_size")
+COUNTED = (
+    "num_trainable_params",
+    "peak_memory",
+    "tokens",
+    "tokens_per_second",
+    "train_time",
+    "file_size",
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ sweep grammar (choices, ranges, globs), and each member's checked configuration.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from peftcli.errors import ConfigError
 from peftcli.hydra_words import our_words
 from peftcli.settings import Sweep
 from peftcli.sweep.ledger import id_of
+from peftcli.sweep.space import Space, dimension
 
 Words = tuple[str, ...]  # overrides
 # What only says how members are run: the same line without these is the same sweep.
@@ -28,6 +28,7 @@ HOW = tuple(
     f"sweep.{key}"
     for key in (
         "jobs", "timeout", "max_failures", "stale_after", "launcher", "workers", "launcher_options",
+        "trials",
     )
 )  # fmt: skip
 ELSEWHERE = {
@@ -45,7 +46,7 @@ class Line:
 
     given: Words  # as typed
     base: Words  # what all members share
-    swept: dict[str, Words]  # key -> its choices as overrides, in the order of the line
+    space: Space  # what is swept, in the order of the line
     name: str  # of the recipe or the run, which names the default folder
     sweep: Sweep
     folder: Path
@@ -54,7 +55,7 @@ class Line:
     @property
     def grid(self) -> list[Words]:
         """Every combination of the choices; the last key varies fastest."""
-        return list(itertools.product(*self.swept.values()))
+        return list(self.space.points())
 
     @property
     def identity(self) -> list[str]:
@@ -82,14 +83,14 @@ class Composer:
             cfg = self._composed([str(o.input_line) for o in own])
             recipe_s = [f"{k}={v}" for k, v in (cfg.hydra.sweeper.get("params") or {}).items()]
             parsed = [*parser.parse_overrides(recipe_s), *parsed]
-            swept = {_written_key(o): _choices(o) for o in parsed if o.is_sweep_override()}
+            swept = {_written_key(o): dimension(o) for o in parsed if o.is_sweep_override()}
         for override in parsed:
             _refuse(override)
         fixed = [o for o in parsed if not o.is_sweep_override() and _written_key(o) not in swept]
         return Line(
             given=tuple(given),
             base=tuple(str(o.input_line) for o in fixed if o.key_or_group not in cards.OF_SWEEPS),
-            swept=swept,
+            space=Space(tuple(swept.values())),
             name=str(cfg.name),
             sweep=config.sweep_of(cfg, self.config_dirs),
             folder=Path(cfg.hydra.sweep.dir),
@@ -114,16 +115,6 @@ def _is_of_the_sweep(override: Override) -> bool:
     """Whether it says where the sweep lies and how it runs."""
     key = override.key_or_group
     return key in ("recipe", "name") or key.split(".")[0] in (*cards.OF_SWEEPS, "hydra")
-
-
-def _choices(override: Override) -> Words:
-    if not override.is_discrete_sweep():
-        raise ConfigError(
-            f"{override.input_line}: an interval has no end of values; a grid takes choices a,b,c "
-            "or range(start,stop,step)."
-        )
-    key = _written_key(override)
-    return tuple(f"{key}={value}" for value in override.sweep_string_iterator())
 
 
 def _refuse(override: Override) -> None:

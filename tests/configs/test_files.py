@@ -26,6 +26,7 @@ DIFFERS = {
     "quantization/int8": {"name"},
     "strategy/ddp": {"name"},
     "strategy/fsdp": {"name"},
+    "sweep/scaled": {"lr_scale"},
     "logger/tensorboard": {"name"},
     "logger/wandb": {"name"},
 }
