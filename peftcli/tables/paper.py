@@ -166,6 +166,10 @@ def _same_names(paper: Paper) -> None:
     for kind, given in (("row", [r.name for r in paper.rows]), ("column", columns)):
         if twice := {name for name in given if given.count(name) > 1}:
             raise ConfigError(f"two {kind}s are named {min(twice)!r}.")
+        if listed := [name for name in given if "," in name]:
+            raise ConfigError(
+                f"{kind} {listed[0]!r}: names have no commas, which part them in lists."
+            )
     asked = [name for c in paper.columns for name in c.mean_of]
     asked += [name for row in paper.rows for name in (*row.scores, *row.columns)]
     for name in asked:
