@@ -40,6 +40,7 @@ HELP = """\
   methods    all methods, or the equation and the options of one
   explain    what a key or a group means, takes, and defaults to
   doctor     versions, hardware, and what is missing
+  sweep-worker   work on a sweep's folder beside others, on any machine that sees it
 
 *Examples*
   peft-train +recipe=lora_llama                                       a whole run, ready to go
@@ -68,13 +69,16 @@ TRAIN_HELP = """\
   +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
                       (its method and optimizer keys hold for its own choice of these)
   group=choice        model method quantization dataset trainer optimizer scheduler strategy launch
-                      logger
+                      logger sweep
   key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'
   ~key  ++key=value   take a key out; set one that may be new
 
 *Flags (Hydra's)*
-  -m, --multirun      every combination of values a,b,c; each run in its own process under multirun/
-                      (sweep.search=random|optuna|de searches them: peft-train explain sweep)
+  -m, --multirun      every combination of values a,b,c, each run in its own process; in sweep_dir,
+                      by default multirun/NAME/DATE_TIME, where the same line goes on
+  --dry-run           with -m: list the members, which are done, and what the others will cost
+  --retry-failed      with -m: run those that failed again
+  sweep.search=random  with -m: a search (also optuna, de); `peft-train explain sweep` tells more
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop

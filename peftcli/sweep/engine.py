@@ -73,17 +73,18 @@ def run(
         members = search.to_come(ledger)
     planned = plan(members, line, composer)
     if dry_run:
-        cost.show(listed(planned, ledger), ledger, len(process.slots(line.sweep.jobs)))
+        at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
+        cost.show(listed(planned, ledger), ledger, at_once)
         return 0
+    more = adder(search, ledger, line, composer)
+    ids = None if more else {p.id for p in planned}
     with ledger.locked():
         begin(ledger, line, composer, is_searched=search is not None)
         add(planned, ledger)
         if retry_failed:
-            retry({p.id for p in planned}, ledger)
+            retry(ids, ledger)
     log_to(ledger.folder / LOG)
 
-    more = adder(search, ledger, line, composer)
-    ids = None if more else {p.id for p in planned}
     if line.sweep.launcher != "local":
         from peftcli.sweep import launchers
 
@@ -151,14 +152,14 @@ def work(
     """Work in this process until all members have ended; the exit code of the sweep. `more` plans
     further members when none waits; `hopeless` is asked about each that runs.
     """
-    from peftcli import run  # noqa: F401 - imported before members are forked, so that it is shared
-
     mine = members_of(ledger, ids)
-    left = [m for m in mine if m.state not in ENDED]
-    shares, screen = process.slots(settings.jobs), board.Board(len(mine))
+    if not more and all(m.state in ENDED for m in mine):
+        return conclude(ledger, ids, was_stopped=False)
+    process.warm_up()
+    shares = process.slots(settings.jobs, process.visible_gpus())
+    screen = board.Board(len(mine))
     worker = Worker(ledger, settings, shares, screen, ids, more, hopeless, stop_file)
-    if left or more:
-        worker.work()
+    worker.work()
     return conclude(ledger, ids, was_stopped=worker.was_stopped)
 
 
@@ -286,7 +287,7 @@ def add(planned: Sequence[Planned], ledger: Ledger) -> bool:
     return bool(members)
 
 
-def retry(ids: set[str], ledger: Ledger) -> None:
+def retry(ids: set[str] | None, ledger: Ledger) -> None:
     """Let failed members wait again."""
     for member in members_of(ledger, ids):
         if member.state == "failed" and (ledger.run_dir(member.id) / config.FILE).exists():

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peftcli import screen
 from peftcli.dist import causes
 from peftcli.errors import OutOfMemory
 from peftcli.sweep.claims import Claim
@@ -27,6 +29,7 @@ from peftcli.sweep.ledger import Member
 OUTPUT = "output.log"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 GRACE = 30.0  # seconds that a member has to save once it was told to stop
+Body = Callable[[Path, int], int]  # a run folder, who started the process -> exit code
 _FORKED = multiprocessing.get_context("fork")
 
 
@@ -44,9 +47,9 @@ class Slot:
         os.sched_setaffinity(0, self.cores)
 
 
-def slots(jobs: int | str) -> list[Slot]:
+def slots(jobs: int | str, gpus: Sequence[str]) -> list[Slot]:
     """Shares for so many members at once; `auto`: one a GPU, without GPUs one."""
-    gpus, cores = visible_gpus(), sorted(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))
     count = jobs if isinstance(jobs, int) else max(len(gpus), 1)
     found = []
     for n in range(count):
@@ -143,16 +146,35 @@ def one_line(text: str) -> str:
     return lines[0] if lines else "no reason given"
 
 
+def warm_up() -> None:
+    """Import what every member needs, once, before any is forked: five seconds or so."""
+    importlib.import_module("peftcli.run")
+    importlib.import_module("transformers.optimization")  # a run's schedule; imports a compiler
+
+
+def as_run(folder: Path, parent: int) -> int:
+    """What a member does: `peft-train worker FOLDER PARENT`, in this process."""
+    from peftcli import cli
+
+    return cli.main(["worker", str(folder), str(parent)])
+
+
 def start(
-    member: Member, claim: Claim, slot: Slot, folder: Path, others: Sequence[Running]
+    member: Member,
+    claim: Claim,
+    slot: Slot,
+    folder: Path,
+    others: Sequence[Running],
+    body: Body = as_run,
 ) -> Running:
     """Start the member's process in its slot; what it prints goes to output.log in its folder."""
     causes.forget(folder)
     sys.stdout.flush()
     sys.stderr.flush()
-    if _has_one_thread():
+    if body is not as_run or _has_one_thread():
         handles = [running.claim.handle for running in others]
-        process = _FORKED.Process(target=_be_member, args=(folder, slot, os.getpid(), handles))
+        arguments = (folder, slot, os.getpid(), handles, body)
+        process = _FORKED.Process(target=_be_member, args=arguments)
         gc.freeze()  # what is here stays shared between the processes
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the member has its own handlers
         process.start()
@@ -167,10 +189,8 @@ def _has_one_thread() -> bool:
     return len(os.listdir("/proc/self/task")) == 1
 
 
-def _be_member(folder: Path, slot: Slot, parent: int, handles: Sequence[int]) -> None:
-    """In the forked process: the run, as `peft-train worker FOLDER` does it."""
-    from peftcli import cli, screen
-
+def _be_member(folder: Path, slot: Slot, parent: int, handles: Sequence[int], body: Body) -> None:
+    """In the forked process."""
     for handle in handles:
         os.close(handle)  # the claims of others
     os.setpgid(0, 0)  # Ctrl-C reaches it once, through the process that works on the sweep
@@ -179,7 +199,7 @@ def _be_member(folder: Path, slot: Slot, parent: int, handles: Sequence[int]) ->
         os.dup2(sys.stdout.fileno(), number)
     screen.renew()
     slot.enter()
-    sys.exit(cli.main(["worker", str(folder), str(parent)]))
+    sys.exit(body(folder, parent))
 
 
 def _start_fresh(claim: Claim, slot: Slot, folder: Path) -> subprocess.Popen[bytes]:

@@ -37,6 +37,7 @@ class Worker:
     ask_for_more: Callable[[], bool] | None = None  # a search: plans further members, if any
     hopeless: Hopeless | None = None
     stop_file: Path | None = None  # asks for the end where a signal cannot come
+    body: process.Body = process.as_run
     running: list[Running] = field(default_factory=list)
     tried: set[str] = field(default_factory=set)  # they end here once; a stopped one waits
     signals: list[int] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Worker:
             member, state="running", attempts=member.attempts + 1, exit_code=None, reason=None
         )
         folder, slot = self.ledger.run_dir(member.id), self._free_slots()[0]
-        self.running.append(process.start(member, claim, slot, folder, self.running))
+        self.running.append(process.start(member, claim, slot, folder, self.running, self.body))
         self.board.started(member, goes_on)
 
     def _is_finished(self) -> bool:

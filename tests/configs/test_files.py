@@ -105,10 +105,14 @@ def test_the_primary_file_holds_every_key_outside_of_groups_and_a_choice_of_ever
         assert chosen[group] in folders.choices(group)
 
 
-def test_groups_are_the_fields_of_a_run() -> None:
-    assert (*cards.TOP_KEYS, *cards.GROUPS) == tuple(
+def test_groups_are_the_fields_of_a_run_and_of_a_sweep() -> None:
+    assert (*cards.RUN_KEYS, *cards.RUN_GROUPS) == tuple(
         f.name for f in dataclasses.fields(settings.Run)
     )
+    assert {*cards.TOP_KEYS, *cards.GROUPS} == {
+        f.name for f in dataclasses.fields(settings.Command)
+    }
+    assert cards.OF_SWEEPS == ("sweep_dir", "sweep")
     folders_here = {p.name for p in FOLDER.iterdir() if p.is_dir()}
     assert folders_here == {*cards.GROUPS, "table"}  # published tables are files of many runs
 
