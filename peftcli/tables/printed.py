@@ -109,7 +109,7 @@ def measured(
 
 
 def words_of(run: RunRecord) -> tuple[str, ...]:
-    """The overrides that a run was started with, its seed left out."""
+    """The overrides that a run was started with."""
     words = run.overrides
     kept = Path(run.folder, ".hydra", "overrides.yaml")
     if not words and kept.is_file():
