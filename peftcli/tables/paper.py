@@ -20,6 +20,7 @@ from peftcli import folders
 from peftcli.config import Check
 from peftcli.errors import ConfigError, did_you_mean
 from peftcli.folders import shown
+from peftcli.tables import render
 from peftcli.tables.render import Cell, Table
 
 SUITES = Path(__file__).with_name("suites.yaml")
@@ -256,12 +257,11 @@ def _listed(text: str) -> tuple[str, ...]:
 def listed(config_dirs: Sequence[Path] = ()) -> Table:
     """All tables, one a row."""
     papers = {name: read(name, config_dirs) for name in sorted(names(config_dirs))}
-    rows = [
-        (Cell(name, name), Cell(p.title, p.title), Cell(source := p.source.line, source))
-        for name, p in papers.items()
-    ]
+    texts = [(name, paper.title, paper.source.line) for name, paper in papers.items()]
     return Table(
-        "published tables: peft-train table +table=NAME", ("name", "what", "source"), tuple(rows)
+        "published tables: peft-train table +table=NAME",
+        tuple(render.Column(key, key) for key in ("name", "what", "source")),
+        tuple(tuple(Cell(text, text) for text in line) for line in texts),
     )
 
 

@@ -19,7 +19,8 @@ from peftcli.build import empty_host
 from peftcli.core.graft import is_own
 from peftcli.settings import Run
 from peftcli.sweep.line import Composer
-from peftcli.tables.paper import Asked, Paper, Row, as_printed, is_run_of, mean, over, read
+from peftcli.tables import render
+from peftcli.tables.paper import Paper, Row, as_printed, is_run_of, mean, over
 from peftcli.tables.render import PLUS_MINUS, Cell, Table
 from peftcli.tables.runs import RunRecord
 
@@ -119,7 +120,8 @@ def words_of(run: RunRecord) -> tuple[str, ...]:
 
 # -- The table -------------------------------------------------------------------------------------
 def make_table(
-    asked: Asked,
+    name: str,
+    paper: Paper,
     runs: Sequence[RunRecord] = (),
     extra: Sequence[str] = (),
     config_dirs: Sequence[Path] = (),
@@ -129,7 +131,6 @@ def make_table(
     """Printed beside here; `wide` gives each a column of its own. `extra` are words that the runs
     were started with beside the table's.
     """
-    paper = asked.of(read(asked.name, config_dirs))
     composer, notes, rows = Composer(config_dirs), [], []
     for row in paper.rows:
         counted = None if row.overrides is None or row.reason else _counted(composer, paper, row)
@@ -140,11 +141,11 @@ def make_table(
             line += _score(row.scores.get(column.name), found.get(column.name), wide)
         rows.append((*line, Cell(*[row.certainty or paper.certainty] * 2)))
     return Table(
-        f"{paper.title} ({paper.source.line})",
+        f"{paper.title}{'' if wide else ': printed | here'} ({paper.source.line})",
         _header(paper, wide),
         tuple(rows),
         (*notes, *_of_columns(paper), *([paper.notes] if paper.notes else [])),
-        _commands(asked.name, paper, extra),
+        _commands(name, paper, extra),
     )
 
 
@@ -155,11 +156,11 @@ def _counted(composer: Composer, paper: Paper, row: Row) -> Count:
     return count(config.typed(cfg, composer.config_dirs), paper, row)
 
 
-def _header(paper: Paper, wide: bool) -> tuple[str, ...]:
-    between = [" printed", " here"] if wide else [""]
-    names = ["parameters", *(c.name for c in paper.columns)]
-    parts = [f"{name}{part}" for name in names for part in between]
-    return ("method", *parts, "printed is")
+def _header(paper: Paper, wide: bool) -> tuple[render.Column, ...]:
+    parts = [" printed", " here"] if wide else [""]
+    between = ["parameters", *(c.name for c in paper.columns)]
+    titles = ["method", *(f"{name}{part}" for name in between for part in parts), "printed is"]
+    return tuple(render.Column(title, title) for title in titles)
 
 
 def _parameters(row: Row, counted: Count | None, wide: bool) -> list[Cell]:
@@ -171,7 +172,7 @@ def _parameters(row: Row, counted: Count | None, wide: bool) -> list[Cell]:
 
 
 def _score(printed: float | None, found: Measured | None, wide: bool) -> list[Cell]:
-    left = Cell() if printed is None else Cell(f"{printed:g}", printed)
+    left = Cell() if printed is None else Cell(str(printed), printed)
     right = Cell()
     if found is not None:
         right = Cell(found.text, found.mean, found.deviation, seeds=len(found.scores))

@@ -126,12 +126,13 @@ def published(words: list[str]) -> int:
     if not asked.name:
         write(paper.listed(dirs), args.format, args.output)
         return 0
-    from peftcli.tables import printed
-
+    of = asked.of(paper.read(asked.name, dirs))
     runs = read_runs([Path(word) for word in rest if "=" not in word])
     extra = [word for word in rest if "=" in word]
     wide = (args.format or (args.output.suffix[1:] if args.output else "")) in ("csv", "json")
-    made = printed.make_table(asked, runs, extra, dirs, wide=wide)
+    from peftcli.tables import printed  # which counts parameters: torch
+
+    made = printed.make_table(asked.name, of, runs, extra, dirs, wide=wide)
     write(made, args.format, args.output)
     return 0
 
