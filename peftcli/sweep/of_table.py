@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
+from peftcli import hydra_app
 from peftcli.sweep import engine
 from peftcli.sweep.line import Composer
 from peftcli.tables.paper import asked_of, cells, key_of, read
@@ -21,6 +22,10 @@ def main(args: argparse.Namespace) -> int:
         words = [f"name={asked.name}", *words]
     composer = Composer(args.config_dirs, args.config_name)
     line = composer.read(words)
-    members = [cell for chosen in line.grid for cell in cells(paper, [*line.base, *chosen])]
+    members = [
+        tuple(hydra_app.normalised(cell, args.config_dirs))
+        for chosen in line.grid
+        for cell in cells(paper, [*line.base, *chosen])
+    ]
     line = replace(line, given=tuple(args.overrides), base=())
     return engine.run(members, line, composer, dry_run=args.dry_run, retry_failed=args.retry_failed)

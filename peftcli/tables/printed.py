@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from peftcli import config, hydra_app
 from peftcli.build import empty_host
 from peftcli.core.graft import is_own
 from peftcli.settings import Run
@@ -133,7 +134,11 @@ def make_table(
     """
     composer, notes, rows = Composer(config_dirs), [], []
     for row in paper.rows:
-        counted = None if row.overrides is None or row.reason else _counted(composer, paper, row)
+        counted = (
+            None
+            if row.overrides is None or row.reason
+            else count(run_of(composer, paper, row), paper, row)
+        )
         found = measured(paper, row, runs, extra)
         notes += _notes(paper, row, counted, found)
         line = [Cell(row.name, row.name), *_parameters(row, counted, wide)]
@@ -149,11 +154,11 @@ def make_table(
     )
 
 
-def _counted(composer: Composer, paper: Paper, row: Row) -> Count:
-    from peftcli import config
-
-    _, cfg = composer.member(paper.words(row) or ())
-    return count(config.typed(cfg, composer.config_dirs), paper, row)
+def run_of(composer: Composer, paper: Paper, row: Row) -> Run:
+    """The run that a row's words make, checked."""
+    words = hydra_app.normalised(paper.words(row) or (), composer.config_dirs)
+    _, cfg = composer.member(words)
+    return config.typed(cfg, composer.config_dirs)
 
 
 def _header(paper: Paper, wide: bool) -> tuple[render.Column, ...]:
