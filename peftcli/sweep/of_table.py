@@ -22,10 +22,11 @@ def main(args: argparse.Namespace) -> int:
         words = [f"name={asked.name}", *words]
     composer = Composer(args.config_dirs, args.config_name)
     line = composer.read(words)
+    cells_of = [cells(paper, [*line.base, *chosen]) for chosen in line.grid]
     members = [
-        tuple(hydra_app.normalised(cell, args.config_dirs))
-        for chosen in line.grid
-        for cell in cells(paper, [*line.base, *chosen])
+        tuple(hydra_app.normalised([w for w in cell if w not in line.base], args.config_dirs))
+        for some in cells_of
+        for cell in some
     ]
-    line = replace(line, given=tuple(args.overrides), base=())
+    line = replace(line, given=tuple(args.overrides))
     return engine.run(members, line, composer, dry_run=args.dry_run, retry_failed=args.retry_failed)

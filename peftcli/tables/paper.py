@@ -304,9 +304,8 @@ def is_run_of(words: Sequence[str], given: Sequence[str]) -> bool:
     """Whether a run that was started with the overrides `given` fills the cell of `words`: it has
     all of them, and no further ones of the method.
     """
-    words, given = ({w.lstrip("+") for w in some} for some in (words, given))
-    further = given - words
-    return words <= given and not any(key_of(w).startswith("method") for w in further)
+    wanted, here = ({word.lstrip("+") for word in some} for some in (words, given))
+    return wanted <= here and not any(key_of(word).startswith("method") for word in here - wanted)
 
 
 def mean(column: Column, scores: Mapping[str, float]) -> float | None:

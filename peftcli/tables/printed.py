@@ -21,7 +21,7 @@ from peftcli.core.graft import is_own
 from peftcli.settings import Run
 from peftcli.sweep.line import Composer
 from peftcli.tables import render
-from peftcli.tables.paper import Paper, Row, as_printed, is_run_of, mean, over
+from peftcli.tables.paper import Paper, Row, as_printed, is_run_of, key_of, mean, over
 from peftcli.tables.render import PLUS_MINUS, Cell, Table
 from peftcli.tables.runs import RunRecord
 
@@ -49,9 +49,9 @@ def count(run: Run, paper: Paper, row: Row) -> Count:
 def _count(run: Run, paper: Paper, row: Row, classes: int | None) -> Count:
     host, _ = empty_host(run, classes)
     host.add(run.method)
-    added = sum(p.numel() for name, p in host.model.named_parameters() if is_own(name))
     if row.stored:
         run.method.finish(host)
+    added = sum(p.numel() for name, p in host.model.named_parameters() if is_own(name))
     trained, everything = host.num_parameters()
     return Count(trained, everything - added if paper.share_of == "base" else everything)
 
@@ -111,12 +111,14 @@ def measured(
 
 
 def words_of(run: RunRecord) -> tuple[str, ...]:
-    """The overrides that a run was started with."""
-    words = run.overrides
+    """The overrides that a run was started with: a member's own, and what its line gives to all."""
+    own = run.overrides
     kept = Path(run.folder, ".hydra", "overrides.yaml")
-    if not words and kept.is_file():
-        words = tuple(map(str, yaml.safe_load(kept.read_text(encoding="utf-8")) or ()))
-    return words
+    if not own and kept.is_file():
+        own = tuple(map(str, yaml.safe_load(kept.read_text(encoding="utf-8")) or ()))
+    keys = {key_of(word) for word in own}
+    line = run.sweep.line if run.sweep else ()
+    return (*own, *(word for word in line if key_of(word) not in keys))
 
 
 # -- The table -------------------------------------------------------------------------------------
@@ -144,7 +146,8 @@ def make_table(
         line = [Cell(row.name, row.name), *_parameters(row, counted, wide)]
         for column in paper.columns:
             line += _score(row.scores.get(column.name), found.get(column.name), wide)
-        rows.append((*line, Cell(*[row.certainty or paper.certainty] * 2)))
+        certainty = row.certainty or paper.certainty
+        rows.append((*line, Cell(certainty, certainty)))
     return Table(
         f"{paper.title}{'' if wide else ': printed | here'} ({paper.source.line})",
         _header(paper, wide),

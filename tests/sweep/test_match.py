@@ -15,7 +15,7 @@ from peftcli.sweep.match import Scale, match, target_of
 from tests.laws.test_method_laws import make_method
 
 SMALL = (
-    "model.architecture={model_type: llama, vocab_size: 512, hidden_size: 96,"
+    "++model.architecture={model_type: llama, vocab_size: 512, hidden_size: 96,"
     " intermediate_size: 192, num_hidden_layers: 3, num_attention_heads: 6, num_key_value_heads: 2}"
 )
 # (method, other options, about so many)

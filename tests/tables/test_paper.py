@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
 from peftcli.errors import ConfigError
 from peftcli.sweep.line import Composer
@@ -244,6 +243,7 @@ def test_cells_run_as_a_sweep_and_fill_the_table(cli: Cli, models: Path, tmp_pat
         "model=local",
         f"model.name_or_path={models / 'bert'}",
         "dataset=movie_reviews_classification",
+        "dataset.max_length=512",
         "dataset.train_samples=8",
         "dataset.eval_samples=8",
         "trainer.max_steps=1",
@@ -251,8 +251,8 @@ def test_cells_run_as_a_sweep_and_fill_the_table(cli: Cli, models: Path, tmp_pat
     ]
     asked = ["+table=lora_glue", "table.rows=[LoRA (base)]", "table.columns=[sst2]"]
     cli("-m", *asked, *stand_ins, "seed=0,1", "sweep_dir=sweep", "sweep.jobs=1")
-    members = sorted((tmp_path / "sweep" / "members").iterdir())
-    assert len(members) == 2
-    assert {OmegaConf.load(m / "config.yaml").seed for m in members} == {0, 1}
+    files = [json.loads(f.read_text()) for f in tmp_path.glob("sweep/members/*/member.json")]
+    cell = ["method=lora", "method.r=8", "method.alpha=8"]
+    assert sorted(f["overrides"] for f in files) == [[*cell, "seed=0"], [*cell, "seed=1"]]
     said = cli("table", *asked, "sweep", *stand_ins, "--format", "json").stdout
     assert json.loads(said)["rows"][0]["sst2 here"]["seeds"] == 2
