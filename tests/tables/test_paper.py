@@ -52,11 +52,8 @@ def test_parameters_are_those_printed_or_the_difference_is_explained(
 ) -> None:
     table = paper.read(name)
     for row in table.rows:
-        if row.overrides is None or row.reason:
-            continue
-        count = counted(composer, known, table, row)
-        assert count.parameters > 0
-        if row.parameters:
+        if row.parameters and row.overrides and not row.reason:
+            count = counted(composer, known, table, row)
             here = printed.as_printed(count.parameters, count.whole, row.parameters)
             assert (here != row.parameters) == bool(row.explains), f"{row.name}: here {here}"
 
