@@ -130,6 +130,7 @@ class Trainer:
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops
     num_threads: Positive | None = None  # CPU threads; None: the process's share of the cores
+    compile: bool = False  # transformer blocks through torch.compile
     kernels: Kernels = (
         "auto"  # GPU kernels where they run; reference: plain torch; require: or stop
     )
@@ -238,7 +239,7 @@ class Sweep:
     """How the members of a sweep (`-m`) are run, and which are tried, counted and stopped."""
 
     jobs: Literal["auto"] | Positive = (
-        "auto"  # members at once on this machine; auto: one a GPU, without GPUs one
+        "auto"  # members at once on this machine; auto: one a GPU, or one
     )
     timeout: Annotated[float, Gt(0.0)] | None = (
         None  # seconds that one start of a member may take; None: any

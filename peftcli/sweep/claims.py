@@ -36,11 +36,15 @@ class Claim:
     handle: int  # of the locked file; the member's process inherits it
     renewed: float = field(default_factory=time.monotonic)
 
-    def renew(self, every: float) -> None:
-        """Show, every so many seconds, that somebody is here."""
-        if time.monotonic() - self.renewed >= every:
-            os.utime(self.path)
-            self.renewed = time.monotonic()
+    def renew(self, every: float) -> bool:
+        """Show, every so many seconds, that somebody is here; False where the member was taken
+        over meanwhile.
+        """
+        if time.monotonic() - self.renewed < every:
+            return True
+        os.utime(self.path)
+        self.renewed = time.monotonic()
+        return not self.is_lost()
 
     def is_lost(self) -> bool:
         """Whether another process has taken the member over."""

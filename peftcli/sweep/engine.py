@@ -47,8 +47,6 @@ def main(args: argparse.Namespace) -> int:
     composer = Composer(args.config_dirs, args.config_name)
     line = composer.read(args.overrides)
     search = searching(line.sweep, line.space, line.given, args.config_dirs)
-    if line.sweep.prune != "none":
-        require_evaluations(search, line, composer)
     members = [] if search.proposes else line.grid
     flags = {"dry_run": args.dry_run, "retry_failed": args.retry_failed}
     return run(members, line, composer, search=search, **flags)
@@ -69,9 +67,13 @@ def run(
     where any failed.
     """
     ledger = Ledger(folder_of(line))
-    if dry_run and search is not None and search.proposes:
-        members = search.to_come(ledger)
+    if search is not None:
+        search.require_own_folder(ledger)
+        members = search.to_come(ledger) if dry_run and search.proposes else members
     planned = plan(members, line, composer)
+    told = planned or plan([search.example] if search else [], line, composer)
+    require_evaluations(line.sweep, told)
+    line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
         at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
         cost.show(listed(planned, ledger), ledger, at_once)
@@ -97,15 +99,11 @@ def run(
     return code
 
 
-def require_evaluations(search: Searching, line: Line, composer: Composer) -> None:
-    """Refuse to judge runs that are not evaluated while they train, as one of them tells."""
-    try:
-        _, cfg = composer.member([*line.base, *search.example])
-    except UserError:
-        return  # it is listed with the reason when it is tried
-    if cfg.trainer.eval_steps is None:
+def require_evaluations(settings: Sweep, planned: Sequence[Planned]) -> None:
+    """Refuse to judge runs that are not evaluated while they train."""
+    if settings.prune != "none" and any(p.cfg and not p.cfg.trainer.eval_steps for p in planned):
         raise ConfigError(
-            f"sweep.prune={line.sweep.prune}: judges runs by their evaluations while they train; "
+            f"sweep.prune={settings.prune}: judges runs by their evaluations while they train; "
             "set trainer.eval_steps=N, too."
         )
 
@@ -196,7 +194,11 @@ def plan(members: Sequence[Words], line: Line, composer: Composer) -> list[Plann
     at which so many parameters train.
     """
     base, found = line.base, dict[str, Planned]()
-    sizes = line.sweep.match_parameters and sizes_for(line.sweep.match_parameters)
+    sizes = None
+    if line.sweep.match_parameters:
+        from peftcli.sweep.match import sizes_for
+
+        sizes = sizes_for(line.sweep.match_parameters)
     for words in members:
         unmade_id = id_of_words([*base, *words])
         try:
@@ -211,24 +213,14 @@ def plan(members: Sequence[Words], line: Line, composer: Composer) -> list[Plann
     return list(found.values())
 
 
-def sizes_for(wanted: str) -> Callable[[DictConfig], str]:
-    """What makes a member's method train about `wanted` parameters, as an override; each method on
-    each model is solved once, and said.
+def for_members(settings: Sweep, planned: Sequence[Planned]) -> Sweep:
+    """The settings, with one member at a time where `auto` meets members of several processes,
+    which take all GPUs.
     """
-    from peftcli.sweep.match import match
-
-    known: dict[str, str] = {}
-
-    def size(cfg: DictConfig) -> str:
-        key = str(cfg.model) + str(cfg.method)
-        if key not in known:
-            found = match(config.typed(cfg), wanted)
-            known[key] = found.override
-            name = str(cfg.method._target_).split(".")[-2]
-            say(f"{name}: {found.override} trains {found.parameters:,} of {found.target:,} wanted")
-        return known[key]
-
-    return size
+    several = any(p.cfg is not None and p.cfg.strategy.name != "single" for p in planned)
+    return (
+        dataclasses.replace(settings, jobs=1) if several and settings.jobs == "auto" else settings
+    )
 
 
 def begin(ledger: Ledger, line: Line, composer: Composer, *, is_searched: bool) -> None:

@@ -28,7 +28,7 @@ def propose(study: Study, folder: Path, trials: Sequence[Trial]) -> list[Point]:
     Raises:
         ConfigError: budgets were not equal, or the folder's incumbents were tuned otherwise.
     """
-    frozen = read(folder)
+    frozen = frozen_for(study, folder)
     if frozen is None:
         found = study.tuned(trials)
         wanted = study.to_tune(found)
@@ -38,12 +38,22 @@ def propose(study: Study, folder: Path, trials: Sequence[Trial]) -> list[Point]:
         study.require_equal_budgets(found)
         frozen = freeze(study, found, trials)
         write(folder, frozen)
-    if frozen["digest"] != study.digest:
+    return study.to_test([i["overrides"] for i in frozen["incumbents"]], trials)
+
+
+def frozen_for(study: Study, folder: Path) -> dict[str, Any] | None:
+    """The frozen settings of this study; None before they are.
+
+    Raises:
+        ConfigError: they were tuned otherwise.
+    """
+    frozen = read(folder)
+    if frozen is not None and frozen["digest"] != study.digest:
         raise ConfigError(
             f"{folder / FILE}: was frozen for another space, budget or other seeds, and has been "
             "tested. Change them in another sweep_dir."
         )
-    return study.to_test([i["overrides"] for i in frozen["incumbents"]], trials)
+    return frozen
 
 
 def freeze(study: Study, found: Sequence[Results], trials: Sequence[Trial]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from peftcli.errors import ConfigError
+from peftcli.errors import ConfigError, Stopped
 from peftcli.screen import say
 from peftcli.settings import Sweep
 from peftcli.sweep.board import Board
@@ -45,9 +45,26 @@ def run(ledger: Ledger, settings: Sweep, ids: set[str] | None) -> bool:
                 was_stopped = True
                 stop.touch()
         follow.look()
-        ended.result()
+        codes = ended.result()
     stop.unlink(missing_ok=True)
+    if broken := [code for code in codes if code not in (0, 1, Stopped.exit_code)]:
+        say(
+            f"{len(broken)} of {len(codes)} workers ended with exit code {broken[0]}; see "
+            f"{output(ledger)}",
+            "red",
+        )
     return was_stopped
+
+
+def output(ledger: Ledger) -> str:
+    """The file that takes what workers print."""
+    return str(ledger.folder.absolute() / "workers.log")
+
+
+def call(command: Sequence[str], output: str) -> int:
+    """In a worker's process: the exit code of a command."""
+    with open(output, "ab") as file:
+        return subprocess.call(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
 
 class Follower:
@@ -74,14 +91,16 @@ class Follower:
         self.before = now
 
 
-def joblib(command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger) -> None:
+def joblib(
+    command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger
+) -> list[int]:
     """Worker processes by joblib; `launcher_options` are arguments of `joblib.Parallel`."""
     lib = _import("joblib")
-    tasks = [lib.delayed(subprocess.call)(command) for _ in range(count)]
-    lib.Parallel(**{"n_jobs": count, **options})(tasks)
+    tasks = [lib.delayed(call)(command, output(ledger)) for _ in range(count)]
+    return lib.Parallel(**{"n_jobs": count, **options})(tasks)
 
 
-def ray(command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger) -> None:
+def ray(command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger) -> list[int]:
     """Ray tasks; `launcher_options.task` are arguments of `ray.remote` (num_cpus, num_gpus), the
     others of `ray.init`.
     """
@@ -89,24 +108,26 @@ def ray(command: Sequence[str], count: int, options: dict[str, Any], ledger: Led
     of_task = options.pop("task", {})
     lib.init(**{"include_dashboard": False, "log_to_driver": False, **options})
     try:
-        call = lib.remote(subprocess.call).options(**of_task)
-        lib.get([call.remote(command) for _ in range(count)])
+        task = lib.remote(call).options(**of_task)
+        return lib.get([task.remote(command, output(ledger)) for _ in range(count)])
     finally:
         lib.shutdown()
 
 
-def submitit(command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger) -> None:
+def submitit(
+    command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger
+) -> list[int]:
     """SLURM jobs; `launcher_options.cluster` chooses (slurm, local; without it, SLURM where it is
     installed), the others are parameters of submitit's executor (timeout_min, slurm_partition).
     """
     lib = _import("submitit")
     executor = lib.AutoExecutor(str(ledger.folder / "submitit"), options.pop("cluster", None))
     executor.update_parameters(**options)
-    for job in [executor.submit(subprocess.call, command) for _ in range(count)]:
-        job.wait()
+    jobs = [executor.submit(call, command, output(ledger)) for _ in range(count)]
+    return [job.result() for job in jobs]
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[str], int, dict[str, Any], Ledger], None]] = {
+LAUNCHERS: dict[str, Callable[[Sequence[str], int, dict[str, Any], Ledger], list[int]]] = {
     "joblib": joblib,
     "ray": ray,
     "submitit": submitit,

@@ -89,7 +89,7 @@ class Composer:
         fixed = [o for o in parsed if not o.is_sweep_override() and _written_key(o) not in swept]
         return Line(
             given=tuple(given),
-            base=tuple(str(o.input_line) for o in fixed if o.key_or_group not in cards.OF_SWEEPS),
+            base=tuple(str(o.input_line) for o in fixed if _first(o) not in cards.OF_SWEEPS),
             space=Space(tuple(swept.values())),
             name=str(cfg.name),
             sweep=config.sweep_of(cfg, self.config_dirs),
@@ -113,15 +113,23 @@ class Composer:
 
 def _is_of_the_sweep(override: Override) -> bool:
     """Whether it says where the sweep lies and how it runs."""
-    key = override.key_or_group
-    return key in ("recipe", "name") or key.split(".")[0] in (*cards.OF_SWEEPS, "hydra")
+    return override.key_or_group in ("recipe", "name") or _tells_how(override)
+
+
+def _tells_how(override: Override) -> bool:
+    """Whether it is of the sweep as a whole, or of Hydra."""
+    return _first(override) in (*cards.OF_SWEEPS, "hydra")
+
+
+def _first(override: Override) -> str:
+    return override.key_or_group.split(".")[0]
 
 
 def _refuse(override: Override) -> None:
     key = override.key_or_group
     if key in ELSEWHERE and not (key == "resume" and override.value() == "auto"):
         raise ConfigError(f"{override.input_line}: {ELSEWHERE[key]}")
-    if override.is_sweep_override() and key.split(".")[0] in (*cards.OF_SWEEPS, "hydra"):
+    if override.is_sweep_override() and _tells_how(override):
         raise ConfigError(f"{override.input_line}: is of the whole sweep; give it one value.")
 
 

@@ -7,12 +7,16 @@ counting what would train on the model without weights, so that no weights are l
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from omegaconf import DictConfig
+
+from peftcli import config
 from peftcli.build import empty_host
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError
+from peftcli.screen import say
 from peftcli.settings import Run
 
 LARGEST = 2**31
@@ -52,6 +56,24 @@ def match(run: Run, wanted: str) -> Match:
             f"nearest is method.{option}={value} with {reached:,}."
         )
     return Match(f"method.{option}={value}", reached, target)
+
+
+def sizes_for(wanted: str) -> Callable[[DictConfig], str]:
+    """What makes a member's method train about `wanted` parameters, as an override; each method on
+    each model is solved once, and said.
+    """
+    known: dict[str, str] = {}
+
+    def size(cfg: DictConfig) -> str:
+        key = f"{cfg.model} {cfg.method}"
+        if key not in known:
+            found = match(config.typed(cfg), wanted)
+            known[key] = found.override
+            name = str(cfg.method._target_).split(".")[-2]
+            say(f"{name}: {found.override} trains {found.parameters:,} of {found.target:,} wanted")
+        return known[key]
+
+    return size
 
 
 def target_of(wanted: str, base: int) -> int:

@@ -24,7 +24,7 @@ from peftcli import screen
 from peftcli.dist import causes
 from peftcli.errors import OutOfMemory
 from peftcli.sweep.claims import Claim
-from peftcli.sweep.ledger import Member
+from peftcli.sweep.ledger import Member, State
 
 OUTPUT = "output.log"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -90,7 +90,8 @@ class Running:
     process: subprocess.Popen[bytes] | multiprocessing.process.BaseProcess
     started: float = field(default_factory=time.monotonic)
     told: float | None = None  # when it was told to stop
-    why: str | None = None  # the reason to stop that is its own: too long, hopeless
+    verdict: tuple[State, str] | None = None  # what it was told to stop for: too long, hopeless
+    judged: float = 0.0  # when it was last looked at for that
 
     @property
     def seconds(self) -> float:

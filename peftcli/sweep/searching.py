@@ -45,6 +45,10 @@ class Searching:
         """Members to plan now. Under the folder's lock."""
         return incumbent.propose(self.study, ledger.folder, ledger.trials())
 
+    def require_own_folder(self, ledger: Ledger) -> None:
+        """Refuse a folder in which another search was tested."""
+        incumbent.frozen_for(self.study, ledger.folder)
+
     def to_come(self, ledger: Ledger) -> list[Point]:
         """Members planned so far, and the tuning runs that would be planned next."""
         planned = [m.overrides for m in ledger.members()]

@@ -17,7 +17,7 @@ from peftcli.settings import Sweep
 from peftcli.sweep import claims, process
 from peftcli.sweep.board import Board
 from peftcli.sweep.claims import Claim
-from peftcli.sweep.ledger import ENDED, Ledger, Member
+from peftcli.sweep.ledger import ENDED, Ledger, Member, State
 from peftcli.sweep.process import Running, Slot
 
 POLL = 0.05  # seconds between looks at the running processes
@@ -56,8 +56,7 @@ class Worker:
                 if self.stop_file is not None and not self.was_stopped and self.stop_file.exists():
                     self._heard(signal.SIGTERM, None)
                 if not self.was_stopped and self._may_look():
-                    while self._free_slots() and (found := self._next()) is not None:
-                        self._start(*found)
+                    self._fill()
                     if not self.running and self._is_finished():
                         return
                 if self.was_stopped and not self.running:
@@ -76,6 +75,14 @@ class Worker:
     def _may_look(self) -> bool:
         """Whether it is time to look for members; a slot that fell free makes it so at once."""
         return bool(self._free_slots()) and time.monotonic() >= self.next_scan
+
+    def _fill(self) -> None:
+        """Start members as long as there are slots for them."""
+        while self._free_slots() and not self.was_stopped:
+            found = self._next()
+            if found is None:
+                return
+            self._start(*found)
 
     def _next(self) -> tuple[Member, Claim] | None:
         """A member that is to be run, claimed."""
@@ -133,8 +140,7 @@ class Worker:
                 self.next_scan = 0.0
                 self._settle(running, code)
                 continue
-            running.claim.renew(self.settings.stale_after / 4)
-            if running.claim.is_lost():
+            if not running.claim.renew(self.settings.stale_after / 4):
                 running.kill()
             elif running.told is None:
                 self._stop_if_due(running)
@@ -143,10 +149,12 @@ class Worker:
     def _stop_if_due(self, running: Running) -> None:
         limit = self.settings.timeout
         if limit is not None and running.seconds > limit:
-            running.why = f"took longer than sweep.timeout={limit:g} seconds"
-        elif self.hopeless is not None:
-            running.why = self.hopeless(self.ledger, running.member)
-        if running.why is not None:
+            running.verdict = "failed", f"took longer than sweep.timeout={limit:g} seconds"
+        elif self.hopeless is not None and time.monotonic() - running.judged > SCAN:
+            running.judged = time.monotonic()
+            reason = self.hopeless(self.ledger, running.member)
+            running.verdict = ("pruned", reason) if reason is not None else None
+        if running.verdict is not None or self.was_stopped:
             running.stop()
 
     def _settle(self, running: Running, code: int) -> None:
@@ -154,7 +162,7 @@ class Worker:
         if running.claim.is_lost():
             self.board.lost(running.member)
             return
-        state, reason = outcome(running, code, self.was_stopped, self.settings.timeout)
+        state, reason = outcome(running, code, self.was_stopped)
         seconds = (running.member.seconds or 0.0) + running.seconds
         member = self.ledger.write(
             running.member, state=state, exit_code=code, reason=reason, seconds=round(seconds, 3)
@@ -166,9 +174,14 @@ class Worker:
     @contextmanager
     def _forwarding(self) -> Iterator[None]:
         """Signals ask the members to save and stop; a second SIGINT to stop at once."""
-        before = {number: signal.signal(number, self._heard) for number in process.SIGNALS}
+        heeded = [n for n in process.SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, self._heard) for number in heeded}
         try:
             yield
+        except BaseException:
+            for running in self.running:
+                running.stop()
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -180,15 +193,12 @@ class Worker:
             running.stop(signal.SIGINT if again else signal.SIGTERM)
 
 
-def outcome(
-    running: Running, code: int, was_asked: bool, timeout: float | None
-) -> tuple[str, str | None]:
+def outcome(running: Running, code: int, was_asked: bool) -> tuple[State, str | None]:
     """(state, reason) of a member whose process ended with `code`."""
     if code == 0 and (running.folder / "result.json").exists():
         return "done", None
-    if running.why is not None:
-        hung = timeout is not None and running.seconds > timeout
-        return ("failed" if hung else "pruned"), running.why
+    if running.verdict is not None:
+        return running.verdict
     if code == Stopped.exit_code or (was_asked and code < 0):
         return "stopped", None
     return "failed", running.reason(code)

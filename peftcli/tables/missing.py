@@ -7,29 +7,28 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from peftcli import folders
 from peftcli.tables.cells import Cell, Plan, is_scored
 from peftcli.tables.defaults import defaults
 from peftcli.tables.protocol import explains, is_protocol, is_tuned, same
 from peftcli.tables.runs import RunRecord
 
 PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")  # needs no quotes in an override
-ENDED = ("failed", "pruned")  # states of members that a sweep does not take up again by itself
 
 
 def failures(runs: Iterable[RunRecord], metric: str) -> list[str]:
     """The runs that ended without a number, and why."""
     lines = []
     for run in runs:
-        if run.state in ENDED:
+        if run.state in ("failed", "pruned"):
             lines.append(f"{_called(run)}: {run.reason or run.state}")
         elif run.state == "done" and not is_scored(run, metric):
             has = ", ".join(run.metrics) or "no metric"
             finite = "is not finite" if metric in run.metrics else f"is not there, only {has}"
             lines.append(f"{_called(run)}: {metric} {finite}")
-    return lines
+    return sorted(lines)
 
 
 def _called(run: RunRecord) -> str:
@@ -41,41 +40,49 @@ def commands(cells: Sequence[Cell], plan: Plan) -> list[str]:
     """One command for each run that a cell waits for, or for all those of one sweep."""
     grid = {(same(cell.row), same(cell.column)): cell for cell in cells}
     wanted = {run.seed for cell in cells for run in cell.runs}
-    wanted |= {run.seed for cell in cells for run in cell.waiting if plan.reports(run)}
+    waiting = [run for cell in cells for run in cell.waiting if run.state != "pruned"]
+    wanted |= {run.seed for run in waiting if plan.reports(run)}
     found: dict[str, None] = {}
     for row, column in itertools.product(*map(dict.fromkeys, zip(*grid, strict=True))):
         cell = grid.get((row, column))
         found |= dict.fromkeys(_to_finish(cell) if cell else ())
         there = {run.seed for run in (*cell.runs, *cell.waiting)} if cell else set()
-        of_row = [cell] if cell else [c for (r, _), c in grid.items() if r == row]
+        of_row = [c for (r, _), c in grid.items() if r == row]
         of_column = [c for (_, c_), c in grid.items() if c_ == column]
-        for seed in sorted(seed for seed in wanted - there if seed is not None):
-            found |= dict.fromkeys(_to_start(of_row, of_column, seed, plan))
+        at = dict(zip(plan.keys, (*of_row[0].row, *of_column[0].column), strict=True))
+        wanted_here = {at["seed"]} if "seed" in at else wanted
+        for seed in sorted(seed for seed in wanted_here - there if seed is not None):
+            found |= dict.fromkeys(_to_start(cell, of_row, of_column, seed, plan))
     return list(found)
 
 
 def _to_finish(cell: Cell) -> Iterator[str]:
-    """What takes up the runs that are there and not done."""
+    """What takes up the runs that are there; those that are done and have no number, and those
+    that a sweep gave up for good, are not taken up.
+    """
     for run in cell.waiting:
-        if run.sweep is not None:
-            again = ["--retry-failed"] if run.state in ENDED else []
-            yield _line("-m", *run.sweep.line, *again)
-        elif run.state != "done":
+        if run.state in ("done", "pruned"):
+            continue
+        if run.sweep is None:
             yield _line(run.name)
+        else:
+            again = ["--retry-failed"] if run.state == "failed" else []
+            yield _line("-m", *run.sweep.line, *again)
 
 
 def _to_start(
-    of_row: Sequence[Cell], of_column: Sequence[Cell], seed: int, plan: Plan
+    cell: Cell | None, of_row: Sequence[Cell], of_column: Sequence[Cell], seed: int, plan: Plan
 ) -> Iterator[str]:
-    """What runs one seed of a row in a column: a run that has the protocol, with the method and the
-    best values of one that has these.
+    """What runs one seed of a row in a column: another seed of it; else a run that has the protocol
+    of the place, which the column has or else the row, with the best values that go there.
     """
-    base, like = _best_known(of_column), _best_known(of_row)
-    copied, kept = plan.rows, plan.columns
+    if cell is not None and cell.runs:
+        yield _from(cell.runs[0], {"seed": seed})
+        return
+    there, other, kept, copied = of_column, of_row, plan.columns, plan.rows
     if any(map(explains, plan.rows)) and not any(map(explains, plan.columns)):
-        base, like, copied, kept = like, base, kept, copied
-    if len(of_row) == 1 and of_row[0].runs:
-        base = like
+        there, other, kept, copied = other, there, copied, kept
+    base, like = _best_known(there), _best_known([cell] if cell else other)
     if base is not None and like is not None:
         yield _from(base, {**_changes(base.keys, like.keys, copied, kept), "seed": seed})
 
@@ -90,7 +97,8 @@ def _changes(
     base: Mapping[str, Any], like: Mapping[str, Any], copied: Sequence[str], kept: Sequence[str]
 ) -> dict[str, Any]:
     """What makes a run such as `like` of `base`: the tuned keys that differ, of another method what
-    is not its default, and all keys of the groups in `copied`; nothing that is in `kept`.
+    is not its default, the keys in `copied`, and what else of their groups is protocol; nothing
+    that is in `kept`.
     """
     groups = {key.partition(".")[0] for key in copied if explains(key)}
     usual, changes = dict(base), {}
@@ -100,7 +108,7 @@ def _changes(
         usual |= {f"method.{key}": given for key, given in of_method.items()}
     for key, given in like.items():
         group, dot, _ = key.partition(".")
-        moves = is_tuned(key) or (is_protocol(key) and group in groups)
+        moves = is_tuned(key) or key in copied or (is_protocol(key) and group in groups)
         if dot and moves and not {key, group} & set(kept) and usual.get(key) != given:
             changes[key] = given
     return changes
@@ -111,8 +119,8 @@ def _from(run: RunRecord, changes: Mapping[str, Any]) -> str:
     words = [f"{key}={written(given)}" for key, given in changes.items()]
     parts = [f"{'' if k == 'method' else k.rpartition('.')[2]}{v}" for k, v in changes.items()]
     shown = [re.sub(r"[^\w.+-]", "", part) for part in parts]
-    folder = Path(run.name).parent / "-".join(shown)
-    return _line(run.name, *words, f"run_dir={folder}")
+    beside = run.sweep.folder if run.sweep else run.folder
+    return _line(run.name, *words, f"run_dir={folders.shown(beside.parent / '-'.join(shown))}")
 
 
 def _line(*words: str) -> str:

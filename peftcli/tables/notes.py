@@ -24,9 +24,10 @@ def notes(
     if tuned:
         yield from _choice(cells, plan, tuned)
     if paired is not None:
+        shared = "columns and seeds" if plan.columns else "seeds"
         yield (
-            f"- {paired}: mean difference on equal seeds with its 95 % bootstrap interval; p of the"
-            " two-sided sign-flip test, at least 2/2^pairs."
+            f"minus {paired}: mean difference on equal {shared} with its 95 % bootstrap interval;"
+            " p of the two-sided sign-flip test, at least 2/2^pairs."
         )
     reported = [run for cell in cells for run in cell.runs]
     yield from _other_data(runs, plan)

@@ -56,8 +56,9 @@ def _save(folder: Path, name: str, draw: Callable[[Axes], None]) -> list[Path]:
             "peft-train plot needs matplotlib: pip install 'peftcli[plots]'. "
             "`peft-train report` draws in the browser, without it."
         ) from None
-    settings = {"svg.hashsalt": "peftcli", "axes.spines.top": False, "axes.spines.right": False}
-    with mpl.rc_context(settings):
+    with mpl.rc_context(
+        {"svg.hashsalt": "peftcli", "axes.spines.top": False, "axes.spines.right": False}
+    ):
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         draw(figure.add_subplot())
         paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]

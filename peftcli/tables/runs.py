@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
         if not here:
             raise ConfigError(f"{path}: holds no run, which is a folder with a run's {CONFIG}.")
         found |= here
-    return [found[folder] for folder in sorted(found)]
+    return _completed([found[folder] for folder in sorted(found)])
 
 
 def read_run(path: Path) -> RunRecord:
@@ -134,17 +134,33 @@ def _folders(path: Path) -> Iterator[Path]:
         below[:] = sorted(set(below) - INSIDE)
 
 
+def _completed(runs: list[RunRecord]) -> list[RunRecord]:
+    """The same runs. A member that never began has only its overrides; what no override is about it
+    shares with every other member of its sweep.
+    """
+    known = {run.sweep.folder: run for run in runs if run.sweep and "run_dir" in run.keys}
+    completed = []
+    for run in runs:
+        if run.sweep and "run_dir" not in run.keys and run.sweep.folder in known:
+            own = {key.partition(".")[0] for key in run.keys} | {"run_dir"}
+            sibling = known[run.sweep.folder].keys.items()
+            shared = {k: v for k, v in sibling if k.partition(".")[0] not in own}
+            run = replace(run, keys=shared | dict(run.keys))
+        completed.append(run)
+    return completed
+
+
 # -- Reading ---------------------------------------------------------------------------------------
 def _read(folder: Path) -> RunRecord | None:
     """The run of a folder; None where its config.yaml is not one of a run."""
-    result, member = _json(folder / RESULT), _json(folder / MEMBER)
+    result, member = _result(folder / RESULT), _json(folder / MEMBER)
     overrides = tuple(member.get("overrides", ()))
     config = result["run_info"]["train_config"] if result else _yaml(folder / CONFIG)
     if config and "run_dir" not in config:
         return None
     keys = dict(_flat(filled(config))) | _words(config) | _chosen(overrides, all_keys=not config)
     state = "done" if result else member.get("state", "unfinished")
-    reason = member.get("reason") or ("" if result else f"no {RESULT}")
+    reason = member.get("reason") if member else f"no {RESULT}"
     return RunRecord(
         folder=folder,
         keys=keys,
@@ -163,19 +179,34 @@ def _sweep(folder: Path) -> Sweep | None:
     if not said:
         return None
     line = tuple(said.get("line", ()))
-    keys = _chosen(line, all_keys=True)
-    seeds = (tuple(keys.get(f"sweep.{kind}_seeds") or ()) for kind in ("tuning", "test"))
+    seeds = (tuple(said.get("sweep", {}).get(f"{kind}_seeds") or ()) for kind in ("tuning", "test"))
     return Sweep(top, line, *seeds)
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """A result.json of ours; nothing where there is none."""
+    found = _json(path)
+    needed = ("run_info", "train_config", "run_dir"), ("train_info", "metrics", "after")
+    for keys in needed if found else ():
+        inside: Any = found
+        for key in keys:
+            if not isinstance(inside, dict) or key not in inside:
+                raise DataError(f"{shown(path)}: is no result of peft-train: no {'.'.join(keys)}.")
+            inside = inside[key]
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as e:
         raise DataError(f"{shown(path)}: cannot be read ({e}).") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{shown(path)}: holds no mapping of keys.")
+    return found
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def logits(method: Any, model: str) -> Tensor:
 
 def count(**fields: Any) -> int:
     """Numbers trained on BERT-base, without the map."""
-    host = Host(empty_model(BertConfig(), "causal_lm"))
+    host = Host(empty_model(BertConfig(), "classification"))
     host.add(AutoPEFT(prefix_mlp=False, **fields))
     return host.num_parameters()[0]
 

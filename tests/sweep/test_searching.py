@@ -10,9 +10,11 @@ import pytest
 from peftcli import cli
 from peftcli.settings import Sweep
 from peftcli.sweep.ledger import Ledger, Member
+from peftcli.sweep.pruning import is_control
 from peftcli.sweep.searching import Searching, searching
 from peftcli.sweep.space import parse
 from peftcli.train.folder import write_json
+from tests.sweep import quick
 
 SPACE = parse(["method=lora,dora", "method.r=1,2,4,8,16,32,64"])
 
@@ -51,7 +53,8 @@ def test_a_running_member_is_compared_with_finished_ones_of_its_method(
     at_work: tuple[Searching, Ledger],
 ) -> None:
     search, ledger = at_work
-    slow = ledger.write(member(9, "lora", 32), state="running")
+    free = (m for r in (16, 32, 64) if not is_control((m := member(9, "lora", r)).overrides))
+    slow = ledger.write(next(free), state="running")
     assert search.hopeless(ledger, slow) is None  # nothing written yet
     told(ledger, slow, [0.5, 0.6])
     assert search.hopeless(ledger, slow) is None
@@ -65,6 +68,28 @@ def test_a_running_member_is_compared_with_finished_ones_of_its_method(
     tested = ledger.write(member(11, "lora", 32, seed=1), state="running")
     told(ledger, tested, [0.5, 0.6, 0.1])
     assert search.hopeless(ledger, tested) is None
+
+
+def test_processes_run_what_a_search_asks_for(tmp_path: Path) -> None:
+    given = Sweep(search="de", trials=7, metric="accuracy")
+    search = searching(given, parse(["a=interval(0.0,0.05)"]), [], ())
+    ledger = quick.planned(tmp_path / "s", [])
+
+    def more() -> bool:
+        with ledger.locked():
+            known = len(ledger.members())
+            new = search.propose(ledger)
+            for number, words in enumerate(new, known + 1):
+                ledger.write(Member(f"{number:012x}", number, words))
+        return bool(new)
+
+    worker = quick.worker(ledger, jobs=2)
+    worker.ask_for_more = more
+    worker.work()
+    members = ledger.members()
+    assert [m.state for m in members] == ["done"] * 7
+    assert len({m.overrides for m in members}) == 7
+    assert search.study.tuned(ledger.trials())[0].best == [members[-1].overrides]
 
 
 def test_members_that_cannot_be_made_are_listed_and_the_search_goes_on(

@@ -51,6 +51,7 @@ def write_run(tmp_path: Path, composed: Callable[[str], dict[str, Any]]) -> Writ
     def write(
         name: str,
         accuracy: float | None = None,
+        /,
         *,
         method: str = "lora",
         meta: dict[str, Any] | None = None,
@@ -99,7 +100,11 @@ def write_sweep(tmp_path: Path, write_run: WriteRun) -> Callable[..., Path]:
     have member.json alone.
     """
 
-    def write(members: list[tuple[list[str], str, float | None]], line: list[str]) -> Path:
+    def write(
+        members: list[tuple[list[str], str, float | None]],
+        line: list[str],
+        settings: dict[str, Any] | None = None,
+    ) -> Path:
         top = tmp_path / "sweep"
         for i, (overrides, state, accuracy) in enumerate(members):
             folder = top / "members" / f"{i:012x}"
@@ -117,7 +122,8 @@ def write_sweep(tmp_path: Path, write_run: WriteRun) -> Callable[..., Path]:
             reason = "out of memory" if state == "failed" else None
             member |= {"exit_code": 4 if reason else None, "reason": reason, "seconds": None}
             (folder / "member.json").write_text(json.dumps(member))
-        (top / "sweep.json").write_text(json.dumps({"line": line, "keys": ["method", "seed"]}))
+        head = {"line": line, "keys": ["method", "seed"], "sweep": settings or {}}
+        (top / "sweep.json").write_text(json.dumps(head))
         return top
 
     return write

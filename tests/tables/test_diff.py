@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from peftcli.tables.diff import Two, compare
 from peftcli.tables.runs import read_run
 from tests.tables.conftest import WriteRun
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
 
 
 def test_the_first_step_that_differs_and_by_how_much(write_run: WriteRun) -> None:
@@ -49,9 +52,7 @@ def test_another_methods_options_are_named_by_the_method(write_run: WriteRun) ->
     assert Two("method.r", 8, "-") in found.configuration
 
 
-def test_the_verb_shows_it_and_gives_json(
-    write_run: WriteRun, tmp_path: Path, cli: Callable[..., object]
-) -> None:
+def test_the_verb_shows_it_and_gives_json(write_run: WriteRun, tmp_path: Path, cli: Cli) -> None:
     a = write_run("a", 0.9, losses=(1.0,), seed=0)
     b = write_run("b", 0.8, losses=(0.9,), seed=1)
     shown = cli("diff", a, b).stdout

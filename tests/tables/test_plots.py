@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,6 +13,9 @@ from peftcli.tables.runs import read_runs
 from peftcli.tables.series import points, sensitivity, thinned
 from peftcli.tables.table import Asked, plan_of
 from tests.tables.conftest import WriteRun
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
 
 
 def test_the_front_holds_what_nothing_beats(tmp_path: Path) -> None:
@@ -45,9 +48,7 @@ def test_thinning_keeps_both_ends() -> None:
     assert thinned(curve[:2], 3) == curve[:2]
 
 
-def test_figures_are_written_in_both_formats(
-    write_run: WriteRun, tmp_path: Path, cli: Callable[..., object]
-) -> None:
+def test_figures_are_written_in_both_formats(write_run: WriteRun, tmp_path: Path, cli: Cli) -> None:
     pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
     for lr, value in ((0.1, 0.5), (0.01, 0.6)):
         write_run(f"runs/{lr}", value, losses=(1.0, 0.5), **{"optimizer.lr": lr})
@@ -61,7 +62,7 @@ def test_figures_are_written_in_both_formats(
 def test_without_matplotlib_the_extra_is_named(
     write_run: WriteRun,
     tmp_path: Path,
-    cli: Callable[..., object],
+    cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write_run("runs/a", 0.5, losses=(1.0, 0.5))

@@ -7,8 +7,8 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +16,9 @@ from peftcli.tables.report import page
 from peftcli.tables.runs import read_runs
 from peftcli.tables.table import Asked, plan_of, table_of
 from tests.tables.conftest import WriteRun
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 EVIL = "<script>document.title='taken'</script><img src=x onerror=document.title='taken'>"
@@ -114,9 +117,7 @@ def test_the_page_asks_nothing_of_the_network(write_run: WriteRun, tmp_path: Pat
     assert json.loads(data[1])["runs"][0]["curves"]["loss"] == [[1, 1.0], [3, 0.5]]
 
 
-def test_the_verb_writes_the_page(
-    write_run: WriteRun, tmp_path: Path, cli: Callable[..., object]
-) -> None:
+def test_the_verb_writes_the_page(write_run: WriteRun, tmp_path: Path, cli: Cli) -> None:
     write_run("runs/a", 0.9)
     cli("report", tmp_path / "runs", "--output", "made/report.html")
     assert "<title>" in Path("made/report.html").read_text()

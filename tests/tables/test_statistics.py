@@ -28,7 +28,7 @@ def test_deviation_is_the_samples_and_one_seed_has_none() -> None:
 
 def test_interval_holds_the_mean_and_repeats() -> None:
     low, high = interval([0.7, 0.8, 0.9]) or (math.nan, math.nan)
-    assert 0.7 <= low < 0.8 < high <= 0.9
+    assert 0.7 - 1e-9 < low < 0.8 < high < 0.9 + 1e-9
     assert interval([0.7, 0.8, 0.9]) == (low, high)
     assert interval([0.5, 0.5]) == (0.5, 0.5)
 

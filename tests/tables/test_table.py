@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,8 +14,10 @@ from peftcli.errors import ConfigError, DataError
 from peftcli.tables.render import Cell, Table
 from peftcli.tables.runs import read_runs
 from peftcli.tables.table import Asked, make_table
-from tests.conftest import Done
 from tests.tables.conftest import WriteRun
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
 
 LR = "optimizer.lr"
 
@@ -289,7 +292,18 @@ def test_a_missing_seed_is_run_from_its_neighbour(
     )
 
 
-def test_the_command_fills_the_cell(tiny_run: list[str], cli: Callable[..., Done]) -> None:
+def test_seeds_as_columns_are_not_asked_for_twice(write_run: WriteRun, tmp_path: Path) -> None:
+    runs = methods(write_run, tmp_path)
+    assert table(runs, columns=("seed",)).missing == ()
+    write_run("runs/oft0", 0.5, method="oft", seed=0)
+    missing = table(runs, columns=("seed",)).missing
+    assert [[w for w in c.split() if w.startswith("seed=")] for c in missing] == [
+        ["seed=1"],
+        ["seed=2"],
+    ]
+
+
+def test_the_command_fills_the_cell(tiny_run: list[str], cli: Cli) -> None:
     words = [word for word in tiny_run if not word.startswith(("method.r", "run_dir"))]
     words += ["trainer.max_steps=1", "dataset.eval_samples=2"]
     for method, seed in (("lora", 0), ("lora", 1), ("ia3", 0)):
@@ -309,17 +323,28 @@ def test_a_sweeps_members_are_filled_by_its_line_and_failures_are_named(
         (["method=lora", "seed=1"], "waiting", None),
         (["method=ia3", "seed=0"], "failed", None),
         (["method=ia3", "seed=1"], "stopped", None),
+        (["method=ia3", "seed=2"], "pruned", None),
     ]
     sweep = write_sweep(members, line)
     found = table(sweep)
     assert cell(found, "lora", "accuracy").seeds == 1
     assert cell(found, "ia3", "accuracy") == Cell()
     assert cell(found, "ia3", "num_trainable_params") == Cell()
-    (failed,) = found.failed
+    failed, pruned = found.failed
+    assert pruned.endswith("): pruned")
     assert failed.startswith("method=ia3 seed=0 (")
     assert failed.endswith("): out of memory")
     given = "peft-train -m +recipe=lora_minilm method=lora,ia3 seed=0,1"
     assert set(found.missing) == {given, f"{given} --retry-failed"}
+
+
+def test_a_member_that_never_began_shares_what_the_sweep_did_not_vary(
+    write_sweep: Callable[..., Path],
+) -> None:
+    members = [(["seed=0"], "done", 0.9), (["seed=1"], "waiting", None)]
+    found = table(write_sweep(members, ["+recipe=lora_minilm", "seed=0,1"]))
+    assert [row[0].text for row in found.rows] == ["lora"]
+    assert found.missing == ("peft-train -m +recipe=lora_minilm seed=0,1",)
 
 
 def test_a_sweep_that_told_its_seeds_apart_is_read_so(write_sweep: Callable[..., Path]) -> None:
@@ -328,7 +353,7 @@ def test_a_sweep_that_told_its_seeds_apart_is_read_so(write_sweep: Callable[...,
         (["optimizer.lr=0.01", "seed=0"], "done", 0.8),
         (["optimizer.lr=0.001", "seed=10"], "done", 0.7),
     ]
-    found = table(write_sweep(members, ["sweep.tuning_seeds=[0]", "sweep.test_seeds=[10]"]))
+    found = table(write_sweep(members, [], {"tuning_seeds": [0], "test_seeds": [10]}))
     assert cell(found, "lora", "accuracy").value == pytest.approx(0.7)
     assert cell(found, "lora", LR).value == 0.001
 
@@ -343,9 +368,14 @@ def test_numbers_that_are_not_finite_are_no_numbers(write_run: WriteRun, tmp_pat
 
 def test_a_torn_result_is_named(write_run: WriteRun, tmp_path: Path) -> None:
     folder = write_run("runs/a", 0.9)
-    (folder / "result.json").write_text("{")
-    with pytest.raises(DataError, match=r"result.json: cannot be read"):
-        table(tmp_path / "runs")
+    for text, said in (
+        ("{", "cannot be read"),
+        ("[]", "holds no mapping"),
+        ('{"a": 1}', "is no result of peft-train: no run_info.train_config.run_dir"),
+    ):
+        (folder / "result.json").write_text(text)
+        with pytest.raises(DataError, match=rf"result.json: {said}"):
+            table(tmp_path / "runs")
 
 
 def test_folders_inside_a_run_are_not_runs(write_run: WriteRun, tmp_path: Path) -> None:
