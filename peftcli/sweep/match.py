@@ -7,6 +7,7 @@ counting what would train on the model without weights, so that no weights are l
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -108,12 +109,17 @@ class Scale:
         if value in self.refused:
             return None
         host = self.spare or empty_host(self.run)[0]
+        self.spare = None
         try:
-            host.add(replace(self.run.method, **{self.option: value}))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # the method would take another value
+                host.add(replace(self.run.method, **{self.option: value}))
+        except UserWarning as e:
+            self.refused[value] = ConfigError(str(e))
+            return None
         except ConfigError as e:
             self.spare, self.refused[value] = host, e
             return None
-        self.spare = None
         self.counts[value] = host.num_parameters()[0]
         return self.counts[value]
 

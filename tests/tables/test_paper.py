@@ -247,9 +247,8 @@ def test_cells_run_as_a_sweep_and_fill_the_table(cli: Cli, models: Path, tmp_pat
         "trainer.eval_on_start=false",
     ]
     asked = ["+table=lora_glue", "table.rows=[LoRA (base)]", "table.columns=[sst2]"]
-    cli("-m", *asked, *stand_ins, "seed=0,1", "sweep_dir=sweep", "sweep.jobs=1")
+    cli("-m", *asked, *stand_ins, "seed=1", "sweep_dir=sweep", "sweep.jobs=1")
     files = [json.loads(f.read_text()) for f in tmp_path.glob("sweep/members/*/member.json")]
-    cell = ["method=lora", "method.r=8", "method.alpha=8"]
-    assert sorted(f["overrides"] for f in files) == [[*cell, "seed=0"], [*cell, "seed=1"]]
+    assert [f["overrides"] for f in files] == [["method=lora", "method.r=8", "method.alpha=8"]]
     said = cli("table", *asked, "sweep", *stand_ins, "--format", "json").stdout
-    assert json.loads(said)["rows"][0]["sst2 here"]["seeds"] == 2
+    assert json.loads(said)["rows"][0]["sst2 here"]["seeds"] == 1
