@@ -100,6 +100,7 @@ def build(
             quantization=run.quantization,
             compute_dtype=autocast or torch.float32,
             dequantised=dequantised,
+            cloze=run.method.fills_mask,
         )
     placed = torch.device("cpu") if sharding else where
     host = Host(cast(nn.Module, loaded.model).to(placed), loaded.new_modules)
@@ -122,7 +123,7 @@ def empty_host(run: Run, classes: int | None = None) -> tuple[Host, Task]:
     base = sizes_of(run)
     task = load.infer_task(run.model, base, "auto")
     if classes is None:
-        return Host(load.empty_model(base, task)), task
+        return Host(load.empty_model(base, task, cloze=run.method.fills_mask)), task
     images = "image_classification" in load.offers(base)
     task = "image_classification" if images else "classification"
     model = load.empty_model(base, task, tuple(map(str, range(classes))))
@@ -163,6 +164,8 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
     reason: str | None = f"the task is {task}"
     if run.method.lays_tokens:
         reason = f"{type(run.method).__name__} lays tokens of its own before each example"
+    elif not run.method.packs:
+        reason = f"{type(run.method).__name__} keeps features of whole examples"
     elif task == "causal_lm":
         attention.use_packed_attention(model)
         reason = attention.can_pack(model, run.dataset.max_length)
@@ -172,14 +175,11 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
 
 
 def adapt(parts: Parts) -> None:
-    """Set the run's method up on the model, drawing from the stream `init`; then spread it over the
-    ranks, all of which have set up the same.
-    """
+    """Set the run's method up on the model, drawing from the stream `init`; all ranks alike."""
     was_training, host = parts.model.training, parts.host
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
         host.add(parts.run.method, data=_preview(parts))
-    parts.strategy.spread(host, parts.device)
     if parts.run.trainer.compile:
         compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
-from peftcli.dist import causes
+from peftcli.dist import causes, slurm
 from peftcli.errors import ConfigError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -180,6 +180,8 @@ def train(words: list[str]) -> int:
         return 0
     from peftcli import hydra_app
 
+    slurm.translate(os.environ)
+    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     stop_on_signals()
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):
@@ -367,6 +369,15 @@ def export(words: list[str]) -> int:
         help="of a run on quantised weights: those that it was trained on (dequantised), the "
         "original ones, or the merged ones quantised again",
     )
+    parser.add_argument(
+        "--half-reset",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SEED",
+        help="put a random half of every kind of tensor in every block back to the base's, to see "
+        "how much comes back that training covered",
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, folder = configuration(args)
     from peftcli import run
@@ -378,6 +389,7 @@ def export(words: list[str]) -> int:
         to=args.to,
         output=args.output,
         onto=args.onto,
+        half_reset=args.half_reset,
         as_json=args.json,
     )
 

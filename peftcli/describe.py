@@ -15,11 +15,11 @@ from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
-from peftcli.dist import strategies
+from peftcli.dist import ds_config, strategies
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
-from peftcli.settings import Run, Task
+from peftcli.settings import DeepSpeed, Run, Task
 from peftcli.train import device
 from peftcli.train.estimate import Estimate, estimate
 from peftcli.train.folder import RunFolder
@@ -50,6 +50,7 @@ def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
         run.trainer.gradient_checkpointing,
         ranks,
         strategies.shards(run),
+        strategies.num_divided(run, parts.host),
     )
     _refuse_too_large(parts, cost)
     blocks = {
@@ -212,6 +213,7 @@ def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
         "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
         f" {run.scheduler.name} schedule",
         "processes": f"{_num_ranks(run, steps)}, strategy={run.strategy.name}",
+        **_without_effect(run),
         "memory": f"about {size(cost.memory)} a process: weights {size(cost.weights)},"
         f" trained {size(cost.trained)},"
         f" activations {size(cost.activations)}; free "
@@ -221,6 +223,12 @@ def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
         "seed": run.seed,
         "run_dir": run.run_dir,
     }
+
+
+def _without_effect(run: Run) -> dict[str, str]:
+    """What of a DeepSpeed file the loop does itself."""
+    unused = ds_config.unused(run.strategy) if isinstance(run.strategy, DeepSpeed) else []
+    return {"no effect": f"of strategy.config: {', '.join(unused)}"} if unused else {}
 
 
 def _refuse_too_large(parts: Parts, cost: Estimate) -> None:

@@ -22,6 +22,7 @@ from peftcli.core.host import Host
 from peftcli.dist import launch, strategies
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
 from peftcli.export import adapter, compare, publish
+from peftcli.methods import hft
 from peftcli.models import attention
 from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
@@ -63,15 +64,17 @@ def train(run: Run, cfg: DictConfig) -> int:
         loop = make_loop(parts, cfg, folder, screen, stopper)
         describe.plan(parts, loop.plan)
         first_hash = parts.host.digest()
+        strategy.spread(parts.host, parts.device)
         if start.checkpoint is not None:
             loop.restore(start.checkpoint)
             say(f"resuming after step {loop.progress.step} from {start.checkpoint}", "cyan")
         with screen.training(loop.plan.total, loop.progress.step):
             progress = loop.fit()
         run.method.finish(parts.host)
-        if is_main:
-            numbers = (progress, started, screen.first_step, first_hash)
-            leave(parts, cfg, folder, *numbers)
+        with strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
+            if keeps_it:
+                numbers = (progress, started, screen.first_step, first_hash)
+                leave(parts, cfg, folder, *numbers)
     return 0
 
 
@@ -113,12 +116,18 @@ def make_loop(
     ranks = parts.strategy.ranks
     plan = Plan.of(run.trainer, len(data.train), ranks.size)
     optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+    strategies.refuse_optimizer(run, parts.host)
     streams.seed_all(run.seed, "dropout")
 
     def open_log(step: int) -> Log:
         if not ranks.is_main:
             return NoLog()
         return MetricsLog(folder.metrics, step, loggers.make_sink(run, folder.path, cfg, step))
+
+    def publish_best(values: dict[str, float]) -> None:
+        with parts.strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
+            if keeps_it:
+                publish.publish(parts, folder.best, values)
 
     return Loop(
         host=parts.host,
@@ -139,7 +148,7 @@ def make_loop(
         autocast=parts.autocast,
         seed=run.seed,
         evaluate=evaluator(parts, screen.counting, stopper.poll),
-        publish_best=lambda values: publish.publish(parts, folder.best, values),
+        publish_best=publish_best,
         group_by_length=run.dataset.group_by_length and not parts.packing,
         strategy=parts.strategy,
     )
@@ -155,9 +164,9 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
         parts = build(run)
         adapt(parts)
         assert parts.data is not None
-        strategies.STRATEGIES[run.strategy.name]().refuse(parts.host)
         plan = Plan.of(run.trainer, len(parts.data.train), launch.num_ranks(run))
         optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+        strategies.refuse_optimizer(run, parts.host)
         optim.make_scheduler(run.scheduler, optimizer, plan.total)
         found = describe.plan(parts, plan, quiet=as_json)
     if as_json:
@@ -230,10 +239,12 @@ def export(
     to: str,
     output: Path,
     onto: str | None = None,
+    half_reset: int | None = None,
     as_json: bool = False,
 ) -> int:
     """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs
-    compared. `onto` says which weights a run on quantised ones is merged into.
+    compared. `onto` says which weights a run on quantised ones is merged into; `half_reset` is the
+    seed of the half of the model's tensors that goes back to the base's.
     """
     if folder is None:
         raise ConfigError(
@@ -244,6 +255,8 @@ def export(
     is_quantised = run.quantization.name != "none"
     if onto and (to != "merged" or not is_quantised):
         raise ConfigError("--onto is for merging a run on quantised weights; leave it out.")
+    if half_reset is not None and (to != "merged" or is_quantised):
+        raise ConfigError("--half-reset goes with --to merged, of a run on unquantised weights.")
     exact = replace(
         run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False)
     )
@@ -252,6 +265,8 @@ def export(
         parts = trained_parts(exact, folder, with_data=to == "merged")
         if to == "adapter":
             publish.publish(parts, output, {})
+        elif half_reset is not None:
+            result |= reset_half(exact, parts, output, half_reset)
         elif is_quantised:
             result |= {"onto": onto or "dequantised"}
             result |= merge_quantised(parts, folder, output, onto or "dequantised")
@@ -264,6 +279,17 @@ def export(
     else:
         describe.exported(result)
     return 0
+
+
+def reset_half(run: Run, parts: Parts, output: Path, seed: int) -> dict[str, Any]:
+    """Write the trained model with a random half of its tensors as `run`'s base model has them;
+    returns how many went back, and the change of the outputs against those of all of it.
+    """
+    before = compare.outputs(parts)
+    publish.fold(parts.host)
+    back = hft.half_reset(parts.host, build(run, with_data=False).model, seed)
+    publish.save_model(parts, output)
+    return {"tensors_reset": len(back), **compare.change(before, compare.outputs(parts))}
 
 
 def merge_quantised(parts: Parts, folder: Path, output: Path, onto: str) -> dict[str, float]:

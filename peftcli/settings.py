@@ -170,7 +170,25 @@ class Quantization:
 class Strategy:
     """How the work is spread over processes."""
 
-    name: Literal["single", "ddp", "fsdp"] = "single"
+    name: Literal["single", "ddp"] = "single"
+
+
+@dataclass(frozen=True)
+class FSDP(Strategy):
+    """Weights of the base are cut up, with the optimizer state of those that train."""
+
+    name: Literal["fsdp"] = "fsdp"  # pyright: ignore[reportIncompatibleVariableOverride]
+    offload: Literal["none", "optimizer"] = "none"  # to the memory of the CPU
+
+
+@dataclass(frozen=True)
+class DeepSpeed(Strategy):
+    """ZeRO: gradients and optimizer state of what trains are divided, and weights in stage 3."""
+
+    name: Literal["deepspeed"] = "deepspeed"  # pyright: ignore[reportIncompatibleVariableOverride]
+    zero_stage: Literal[1, 2, 3] = 3
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the memory of the CPU
+    config: str | None = None  # a DeepSpeed JSON file of your own, checked against the other keys
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,7 @@ class Launch:
     rdzv_endpoint: str | None = None  # HOST:PORT of node 0, for several nodes
     rdzv_backend: Literal["static", "c10d"] = "static"
     timeout: Annotated[float, Gt(0.0)] = 1800.0  # seconds that a rank waits for the others
+    max_restarts: Annotated[int, Ge(0)] = 0  # after a rank was killed or broke down
 
 
 @dataclass(frozen=True)

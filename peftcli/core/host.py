@@ -31,11 +31,14 @@ from peftcli.core.graft import (
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
 from peftcli.core.scores import Calibration
+from peftcli.core.shares import Share
 from peftcli.core.site import Site, Sublayer, find_places, find_sites, find_sublayers
 from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.files import read_weight
 from peftcli.models.roles import layout
+
+TRAINING = "|training"  # behind the name of an adapter: what only its training needs
 
 
 class Host:
@@ -51,11 +54,12 @@ class Host:
         self.adapters: dict[str, Method] = {}
         self.sites: dict[str, list[Site]] = {}  # adapter: its sites
         self.matched: dict[str, dict[str, int]] = {}  # adapter: target entry -> number of sites
-        self.saved_modules: tuple[str, ...] = ()
         self.reset_requests: list[nn.Parameter] = []
         self.optimizer: Optimizer | None = None  # the run's, once it is made
         self.ranks = Ranks()  # the processes that train it; scores are summed over them
-        self._selected: set[str] = set()
+        self._selected: dict[str, set[str]] = {}  # parameter: the adapters that train it
+        self._saved: dict[str, set[str]] = {}  # module trained whole: the adapters that it is of
+        self.shares: dict[str, Share] = {}  # of parameters that train, where ranks divide them
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.building = ""
         for path in new_modules:
@@ -94,10 +98,18 @@ class Host:
         return found
 
     def remove(self, name: str) -> None:
-        """Take the adapter's deltas off the model."""
+        """Take the adapter's deltas off the model, and let rest what it alone trained of the base;
+        that keeps the values it was trained to.
+        """
         for path in {site.path for site in self.sites[name]}:
             prune(self.model.get_submodule(path), name)
         self.unshare(name)
+        self.freeze(p for p, owners in self._selected.items() if owners == {name})
+        for held in (self._selected, self._saved):
+            for key, owners in list(held.items()):
+                owners.discard(name)
+                if not owners:
+                    del held[key]
         del self.adapters[name], self.sites[name], self.matched[name]
 
     def find(self, targets: str | Sequence[str]) -> list[Site]:
@@ -126,26 +138,28 @@ class Host:
         self.matched[self.building] |= Counter(sub.kind for sub in found)
         return found
 
-    def share(self, module: nn.Module) -> nn.Module:
+    def share(self, module: nn.Module, training: bool = False) -> nn.Module:
         """Keep parameters or buffers that several deltas of the adapter that is being set up use.
-        The deltas hold it in a tuple, so that it is saved and counted once.
+        The deltas hold it in a tuple, so that it is saved and counted once. What `training` alone
+        needs is in checkpoints, and in no adapter's file.
         """
         held = self._shared()
         self.model._modules[SHARED] = held
-        held[self.building] = module
+        held[self.building + TRAINING * training] = module
         return module
 
     def unshare(self, name: str) -> None:
         """Drop what the adapter's deltas shared, once none of them uses it."""
         shared = self._shared()
-        if name in shared:
-            del shared[name]
+        for key in (name, name + TRAINING):
+            if key in shared:
+                del shared[key]
         if not shared:
             self.model._modules.pop(SHARED, None)
 
-    def shared(self, name: str = "default") -> nn.Module:
+    def shared(self, name: str = "default", training: bool = False) -> nn.Module:
         """What the adapter's deltas share."""
-        return self._shared()[name]
+        return self._shared()[name + TRAINING * training]
 
     def _shared(self) -> nn.ModuleDict:
         held = self.model._modules.get(SHARED)
@@ -220,10 +234,8 @@ class Host:
     # -- what trains -------------------------------------------------------------------------------
     def train_module(self, path: str) -> None:
         """Train the module's own weights whole, in float32, and save them with the adapter."""
-        if path in self.saved_modules:
-            return
         module = self.model.get_submodule(path).float()
-        self.saved_modules = (*self.saved_modules, path)
+        self._saved.setdefault(path, set()).add(self.building)
         self.select(f"{path}.{name}" for name, _ in module.named_parameters())
 
     def select(self, names: Iterable[str]) -> None:
@@ -240,13 +252,16 @@ class Host:
         for name, parameter in parameters.items():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-            self._selected.add(name)
+            self._selected.setdefault(name, set()).add(self.building)
             owner = self.model.get_submodule(name.rpartition(".")[0])
             scale = owner._parameters.get("weight")
             if scale is not None and scale.ndim == 1:  # a norm takes all of its own in one type
                 scale.data = scale.data.float()
                 if (shift := owner._parameters.get("bias")) is not None:
                     shift.data = shift.data.float()
+            if next(owner.children(), None) is not None:  # a token in the stream, now float32
+                for path in (p for p, role in self.layout.names.items() if role == "norm"):
+                    self.model.get_submodule(path).float()
 
     def freeze(self, names: Iterable[str]) -> None:
         """Let selected parameters rest: they keep their values and stay in the state, get no
@@ -263,6 +278,11 @@ class Host:
             self.model.get_parameter(name).requires_grad_(True)
 
     @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """Paths of the modules that train whole, first come first."""
+        return tuple(self._saved)
+
+    @property
     def selected(self) -> tuple[str, ...]:
         """Names of the base's own parameters that train or may train, sorted."""
         return tuple(sorted(self._selected))
@@ -273,16 +293,28 @@ class Host:
         """
         return {n: p for n, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
+    def stepped(self) -> dict[str, nn.Parameter]:
+        """Every parameter by name, as the optimizer knows it: this rank's share of it, where there
+        is one.
+        """
+        own = {name: share.own for name, share in self.shares.items()}
+        return {**dict(self.model.named_parameters()), **own}
+
+    def _own(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Parameters of the model that ranks divide: what the optimizer has of them."""
+        return {share.parameter: share.own for share in self.shares.values()}
+
     def reset_optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
         """Ask the loop to forget the optimizer's state of these parameters before the next step."""
-        self.reset_requests.extend(parameters)
+        own = self._own()
+        self.reset_requests.extend(own.get(p, p) for p in parameters)
 
     def optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What the run's optimizer keeps of the parameter; what a method adds there is in every
         checkpoint, and in no adapter's file.
         """
         assert self.optimizer is not None, "no optimizer yet"
-        return self.optimizer.state[parameter]
+        return self.optimizer.state[self._own().get(parameter, parameter)]
 
     def recompute_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (gradient
@@ -306,12 +338,22 @@ class Host:
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     # -- state -------------------------------------------------------------------------------------
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: the deltas' parameters and buffers and the selected
-        weights, by name.
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint holds of the model, one by one: the deltas' parameters and buffers and
+        the selected weights. What ranks divide is gathered when its turn comes: all go through.
         """
+        for name, tensor in self._state().items():
+            share = self.shares.get(name)
+            yield name, share.whole() if share else tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """All of `named_state` at once."""
+        return dict(self.named_state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """The state as it lies in the model."""
         names = {n for n in self.model.state_dict() if is_own(n)}
-        names |= self._selected
+        names |= self._selected.keys()
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {n: tensors[n].detach() for n in sorted(names) if n in tensors}
 
@@ -320,7 +362,7 @@ class Host:
         trained whole.
         """
         found, whole = hashlib.sha256(), tuple(f"{path}." for path in self.saved_modules)
-        for name, tensor in self.state().items():
+        for name, tensor in self.named_state():
             if not (is_own(name) or name.startswith(whole)):
                 continue
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -328,11 +370,11 @@ class Host:
         return found.hexdigest()
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
-        """What a file holds of one adapter: its part of `state()`, under names without `name`, and
+        """What a file holds of one adapter: its part of the state, under names without `name`, and
         the selected weights.
         """
         tensors = {}
-        for full, tensor in self.state().items():
+        for full, tensor in self._state().items():
             parts = full.split(".")
             if is_own(full):
                 at = next(i for i, part in enumerate(parts) if part in ("deltas", SHARED)) + 1
@@ -345,7 +387,7 @@ class Host:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the model; names and shapes must be exactly those of `state()`."""
-        own = self.state()
+        own = self._state()
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise DataError(
@@ -353,12 +395,16 @@ class Host:
                 f"missing {missing[:3]}, {len(extra)} not expected {extra[:3]}"
             )
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
+            share, saved = self.shares.get(name), state[name]
+            shape = share.shape if share else tensor.shape
+            if shape != saved.shape:
                 raise DataError(
-                    f"{name}: saved with shape {tuple(state[name].shape)}, here "
-                    f"{tuple(tensor.shape)}"
+                    f"{name}: saved with shape {tuple(saved.shape)}, here {tuple(shape)}"
                 )
-            tensor.copy_(state[name])
+            if share:
+                share.own.copy_(share.part(saved))
+            else:
+                tensor.copy_(saved)
 
     # -- merging -----------------------------------------------------------------------------------
     @torch.no_grad()

@@ -39,20 +39,23 @@ def estimate(
     checkpointing: bool,
     ranks: int = 1,
     shards: bool = False,
+    divided: int = 0,
 ) -> Estimate:
     """Of one of `ranks` processes, for `steps` optimizer steps of `step_tokens` tokens of all,
-    `row_tokens` of them in one forward pass of one. `shards`: frozen weights are cut up.
+    `row_tokens` of them in one forward pass of one. `shards`: the base's weights are cut up;
+    `divided`: so many of the trained numbers are stepped by one rank each.
     """
     trained = sum(p.numel() for p in host.trained().values())
-    sizes = {p: p.numel() * p.element_size() for p in host.model.parameters()}
-    frozen = sum(size for p, size in sizes.items() if not p.requires_grad)
-    stored = sum(sizes.values()) - frozen + (frozen // ranks if shards else frozen)
+    stepped = trained - divided + divided // ranks
+    sizes = {n: p.numel() * p.element_size() for n, p in host.model.named_parameters()}
+    base = sum(size for n, size in sizes.items() if not is_own(n))
+    stored = sum(sizes.values()) - base + (base // ranks if shards else base)
     active = _matrix_parameters(host.model)
     flops = (4 * active + 2 * trained) * step_tokens * (4 / 3 if checkpointing else 1)
     rate = device.flops_per_second(where, dtype)
     return Estimate(
         weights=stored,
-        trained=trained * (4 + 8),
+        trained=stepped * (4 + 8),
         activations=_activation_bytes(host.model, dtype, checkpointing) * row_tokens,
         checkpoint=trained * 12,
         seconds=steps

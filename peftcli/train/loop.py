@@ -31,7 +31,7 @@ from peftcli.dist.ranks import Ranks
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.settings import Task, Trainer
-from peftcli.train import better, checkpoint, device, objective, optim, streams
+from peftcli.train import better, checkpoint, device, objective, streams
 from peftcli.train.evaluate import Indexed
 from peftcli.train.folder import Log, RunFolder, write_json
 from peftcli.train.signals import Stopper, StopRequested
@@ -161,16 +161,24 @@ class Loop:
     def restore(self, path: Any) -> None:
         """Continue from a verified checkpoint."""
         self.progress = Progress(**checkpoint.load(path, self._parts()))
+        self.strategy.settle(self.host)
 
     def save(self) -> Path:
         """Write a checkpoint of now, on rank 0."""
+        snapshot = checkpoint.take(self._parts())
         if not self.ranks.is_main:
             return self._checkpoint
         keep = {self.progress.best["step"]} if self.progress.best else set()
         limit = self.settings.save_total_limit
         progress = asdict(self.progress)
         return checkpoint.save(
-            self.folder.checkpoints, self.progress.step, self._parts(), progress, limit, keep
+            self.folder.checkpoints,
+            self.progress.step,
+            self._parts(),
+            snapshot,
+            progress,
+            limit,
+            keep,
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -187,17 +195,19 @@ class Loop:
         totals = objective.Totals.of(mine).over(self.ranks)
         self.method.before_step(self.host, t)
         loss = self._forward_backward(shares, totals)
+        penalty = self._penalise()
         self.strategy.reduce(self.host)
         self.method.after_backward(self.host, t)
-        norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
+        norm = self.strategy.clip(self.host, self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
         loss, tokens = self.ranks.totals(loss, sum(b.num_tokens for b in mine))
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(loss + (penalty or 0.0)) and math.isfinite(norm):
             self.optimizer.step()
             self.progress.nonfinite = 0
         else:
             self._refuse(examples, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.settle(self.host)
         self.scheduler.step()
         self.method.after_step(self.host, t)
         self._reset_optimizer()
@@ -205,7 +215,7 @@ class Loop:
         self.progress.tokens += int(tokens)
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
-        self._record(totals.targets, loss, norm, lr, int(tokens), seconds)
+        self._record(totals.targets, loss, penalty, norm, lr, int(tokens), seconds)
         return loss
 
     def _shares(self, examples: Sequence[Example]) -> list[Share]:
@@ -227,11 +237,14 @@ class Loop:
                 loss = loss * 0.0
             loss.backward()
             total += loss.item()
-        if (penalty := self.method.penalty(self.host)) is not None:
-            penalty = penalty / self.ranks.size  # the same on all ranks, whose losses are summed
-            penalty.backward()
-            total += penalty.item()
         return total
+
+    def _penalise(self) -> float | None:
+        """Add the gradients of the method's penalty, if it has one; returns it."""
+        if (penalty := self.method.penalty(self.host)) is None:
+            return None
+        (penalty / self.ranks.size).backward()  # the same on all ranks, whose gradients are summed
+        return penalty.item()
 
     def _refuse(self, examples: Sequence[Example], loss: float, norm: float) -> None:
         """Leave the weights alone, write down which examples it was, and stop when it goes on."""
@@ -251,14 +264,24 @@ class Loop:
             )
 
     def _record(
-        self, targets: int, loss: float, norm: float, lr: float, tokens: int, seconds: float
+        self,
+        targets: int,
+        loss: float,
+        penalty: float | None,
+        norm: float,
+        lr: float,
+        tokens: int,
+        seconds: float,
     ) -> None:
-        """One line of metrics; what depends on the clock or the machine stands under `wall`."""
+        """One line of metrics: `loss` is the task's, without the method's `penalty`. What depends
+        on the clock or the machine stands under `wall`.
+        """
         step, where = self.progress.step, next(self.host.model.parameters()).device
         record = {
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 6),
             "loss": loss,
+            **({} if penalty is None else {"penalty": penalty}),
             "grad_norm": norm,
             "lr": lr,
             "targets": targets,
@@ -305,7 +328,7 @@ class Loop:
         best = self.progress.best
         if not best or better.is_better(name, values[name], best["value"]):
             self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
-            if self.settings.eval_steps is not None and self.ranks.is_main:
+            if self.settings.eval_steps is not None:
                 self.publish_best(values)
 
     def _save_if_due(self) -> None:
@@ -340,9 +363,6 @@ class Loop:
     def _checkpoint(self) -> Path:
         """Where the checkpoint of now is, or would be."""
         return self.folder.checkpoints / f"step-{self.progress.step:06d}"
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.host.trained().values())
 
     def _parts(self) -> checkpoint.Parts:
         return checkpoint.Parts(self.host, self.optimizer, self.scheduler)

@@ -25,7 +25,6 @@ DIFFERS = {
     "quantization/fp4": {"name"},
     "quantization/int8": {"name"},
     "strategy/ddp": {"name"},
-    "strategy/fsdp": {"name"},
     "sweep/scaled": {"lr_scale"},
     "logger/tensorboard": {"name"},
     "logger/wandb": {"name"},
