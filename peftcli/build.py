@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from peftcli.core.host import Host
 from peftcli.data.collate import Collator, make_collator
@@ -111,6 +112,29 @@ def build(
     return Parts(
         run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not, head
     )
+
+
+def empty_host(run: Run, classes: int | None = None) -> tuple[Host, Task]:
+    """The model that `run` names without its weights, on the meta device, and without its method:
+    for counting. With `classes`, it has a fresh head for so many, which trains.
+
+    Raises `ConfigError` where neither `model.architecture` nor the model's files say its sizes.
+    """
+    base = sizes_of(run)
+    task = load.infer_task(run.model, base, "auto")
+    if classes is None:
+        return Host(load.empty_model(base, task, cloze=run.method.fills_mask)), task
+    images = "image_classification" in load.offers(base)
+    task = "image_classification" if images else "classification"
+    model = load.empty_model(base, task, tuple(map(str, range(classes))))
+    return Host(model, load.head_of(model)), task
+
+
+def sizes_of(run: Run) -> PreTrainedConfig:
+    """The sizes of a model: of `model.architecture`, else of its files."""
+    if run.model.architecture:
+        return load.config_of(run.model.architecture)
+    return load.load_config(resolve(run.model, cache_dir()), run.model)
 
 
 def _precision(run: Run, where: torch.device) -> torch.dtype | None:

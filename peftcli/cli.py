@@ -79,6 +79,7 @@ TRAIN_HELP = """\
   --dry-run           with -m: list the members, which are done, and what the others will cost
   --retry-failed      with -m: run those that failed again
   sweep.search=KIND   with -m: random, optuna or de instead; `peft-train explain sweep` tells more
+  +table=NAME         with -m: the runs of a published table; `peft-train table +table` lists them
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop
@@ -208,6 +209,10 @@ def sweep(args: argparse.Namespace) -> int:
     """Every member of a sweep in a process of its own."""
     if "RANK" in os.environ:
         raise ConfigError("a sweep starts the processes of its runs itself: leave torchrun out.")
+    if any(word.startswith("+table") for word in args.overrides):
+        from peftcli.sweep import of_table
+
+        return of_table.main(args)
     from peftcli.sweep import engine
 
     return engine.main(args)

@@ -16,14 +16,14 @@ import torch
 from omegaconf import DictConfig
 
 from peftcli import config, describe, record, resume
-from peftcli.build import Parts, adapt, build, evaluator, training_collator
+from peftcli.build import Parts, adapt, build, empty_host, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.dist import launch, strategies
 from peftcli.errors import ConfigError, OutOfMemory, Stopped
 from peftcli.export import adapter, compare, publish
 from peftcli.methods import hft
-from peftcli.models import attention, load
+from peftcli.models import attention
 from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
 from peftcli.screen import LiveScreen, hidden_screen, log_to, say
@@ -179,10 +179,8 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
 
 def count(run: Run, *, as_json: bool = False) -> int:
     """What would train on a model without weights, built from `model.architecture`."""
-    base = load.config_of(run.model.architecture)
-    task = load.infer_task(run.model, base, "auto")
+    host, task = empty_host(run)
     with streams.stream(run.seed, "init"):
-        host = Host(load.empty_model(base, task, cloze=run.method.fills_mask))
         host.add(run.method)
     found = describe.count(run, host, task, quiet=as_json)
     if as_json:

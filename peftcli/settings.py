@@ -299,6 +299,9 @@ class Sweep:
     prune: Literal["none", "median", "predict"] = "none"  # stop runs that will not be the best
     prune_after: Positive = 5  # finished runs before any is stopped; predict: 20 at least
     prune_from: Fraction = 0.2  # part of a run's steps before it may be stopped
+    match_parameters: str | None = (
+        None  # 300k or 0.3%: every method at the size that trains so many
+    )
 
 
 @dataclass(frozen=True)
