@@ -25,6 +25,7 @@ from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
 from peftcli.train import device, streams
+from peftcli.train.estimate import Estimate
 from peftcli.train.evaluate import answer_freely, evaluate
 from peftcli.train.preview import Preview
 
@@ -46,6 +47,7 @@ class Parts:
     why_not_packed: str | None
     head: nn.Linear | None  # of a language model, where the loss can be taken in it
     strategy: Single = field(default_factory=Single)
+    cost: Estimate | None = None  # once the training is planned
 
     @property
     def model(self) -> nn.Module:
@@ -153,12 +155,13 @@ def adapt(parts: Parts) -> None:
     was_training, host = parts.model.training, parts.host
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
-        host.add(parts.run.method, data=_preview(parts))
+        host.add(parts.run.method, data=preview(parts))
     parts.strategy.spread(host, parts.device)
     parts.model.train(was_training)
 
 
-def _preview(parts: Parts) -> Preview | None:
+def preview(parts: Parts) -> Preview | None:
+    """The first batches of the run's training; None without data."""
     if parts.data is None:
         return None
     return Preview(

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
+from torch.optim import Optimizer
 
+from peftcli import budget
 from peftcli.build import Parts
 from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
-from peftcli.dist import strategies
-from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
 from peftcli.settings import Run, Task
 from peftcli.train import device
-from peftcli.train.estimate import Estimate, estimate
+from peftcli.train.estimate import Estimate
 from peftcli.train.folder import RunFolder
 from peftcli.train.loop import Plan, Progress
 
@@ -31,42 +29,21 @@ LEFT_OUT = (
 )
 
 
-def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
+def plan(parts: Parts, steps: Plan, optimizer: Optimizer, quiet: bool = False) -> dict[str, Any]:
     """What is about to happen, on the screen and as plain data."""
     assert parts.data is not None
-    run, stats = parts.run, parts.data.stats
     trained, total = parts.host.num_parameters()
-    tokens = int(parts.data.train.lengths.sum())
-    per_step = max(1, tokens * steps.batch // max(len(parts.data.train), 1))
-    rows = run.trainer.per_device_train_batch_size * per_step // steps.batch
-    ranks = _num_ranks(run, steps)
-    cost = estimate(
-        parts.host,
-        parts.device,
-        parts.dtype,
-        per_step,
-        rows,
-        steps.total,
-        run.trainer.gradient_checkpointing,
-        ranks,
-        strategies.shards(run),
-    )
-    _refuse_too_large(parts, cost)
+    parts.cost = budget.estimate(parts, steps, optimizer)
     blocks = {
         "model": _model(parts, trained, total),
-        "data": _data(parts, stats),
-        "training": _training(parts, steps, cost),
+        "data": _data(parts, parts.data.stats),
+        "training": _training(parts, steps, parts.cost),
     }
     if not quiet:
-        for title, rows_ in blocks.items():
-            facts(title, {k: _shown(v) for k, v in rows_.items()})
+        for title, rows in blocks.items():
+            facts(title, {k: _shown(v) for k, v in rows.items()})
+    budget.refuse_full_disk(parts, parts.cost)
     return blocks
-
-
-def _num_ranks(run: Run, steps: Plan) -> int:
-    """Processes that share a step."""
-    each = run.trainer.per_device_train_batch_size * run.trainer.gradient_accumulation_steps
-    return steps.batch // each
 
 
 def count(run: Run, host: Host, task: Task, quiet: bool = False) -> dict[str, Any]:
@@ -205,36 +182,21 @@ def _options(method: Any) -> str:
 
 
 def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
-    run = parts.run
+    run, disk = parts.run, budget.disk(parts, cost)
     return {
         "steps": f"{steps.total} optimizer steps of {steps.batch} examples,"
         f" {steps.steps_per_epoch} an epoch",
         "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
         f" {run.scheduler.name} schedule",
-        "processes": f"{_num_ranks(run, steps)}, strategy={run.strategy.name}",
-        "memory": f"about {size(cost.memory)} a process: weights {size(cost.weights)},"
-        f" trained {size(cost.trained)},"
-        f" activations {size(cost.activations)}; free "
+        "processes": f"{budget.num_ranks(run, steps)}, strategy={run.strategy.name}",
+        "memory": f"about {budget.in_words(cost.memory)}; free "
         f"{size(device.available_memory(parts.device))}",
-        "disk": f"{size(cost.checkpoint)} a checkpoint",
+        "disk": f"{size(cost.checkpoint)} a checkpoint, at most {size(disk.needed)} at a time;"
+        f" free {size(disk.free)}",
         "time": f"about {duration(cost.seconds)} of training",
         "seed": run.seed,
         "run_dir": run.run_dir,
     }
-
-
-def _refuse_too_large(parts: Parts, cost: Estimate) -> None:
-    folder = next(
-        p
-        for p in (Path(parts.run.run_dir).absolute(), *Path(parts.run.run_dir).absolute().parents)
-        if p.exists()
-    )
-    free = shutil.disk_usage(folder).free
-    if free < 2 * cost.checkpoint:
-        raise ConfigError(
-            f"run_dir={parts.run.run_dir}: {size(free)} free on that disk, two checkpoints need "
-            f"{size(2 * cost.checkpoint)}."
-        )
 
 
 def _shown(value: Any) -> str:

@@ -16,7 +16,10 @@ from peftcli import cards, folders
 from peftcli.errors import ConfigError, UserError, did_you_mean
 from peftcli.suggest import nearest_keys
 
-VERBS = ("train", "check", "eval", "generate", "export", "methods", "explain", "doctor")
+VERBS = (
+    *("train", "check", "eval", "generate", "export", "verify-resume"),  # take overrides
+    *("methods", "explain", "doctor"),
+)
 
 
 @contextmanager

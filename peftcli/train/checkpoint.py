@@ -28,11 +28,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from peftcli.core.host import Host
-from peftcli.errors import DataError
+from peftcli.errors import DataError, NonFinite
 from peftcli.models.source import sha256
 from peftcli.train import streams
+from peftcli.train.rotation import Keep, by_step, rotate
 
 FORMAT = 1
+FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
@@ -45,38 +47,39 @@ class Parts:
 
 
 # -- writing ---------------------------------------------------------------------------------------
-def save(
-    folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], limit: int, keep: set[int]
-) -> Path:
-    """Write `folder`/step-NNNNNN and point to it; then remove all but the newest `limit` and the
-    steps in `keep`.
+def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], keep: Keep) -> Path:
+    """Write `folder`/step-NNNNNN and point to it; then remove what `keep` does not hold. A sound
+    checkpoint of this step is the same already, and stays.
 
-    Raises `DataError` where the folder cannot be written; what was there before stays.
+    Raises `DataError` where the folder cannot be written, `NonFinite` for numbers that are not
+    finite; what was there before stays.
     """
     target = folder / f"step-{step:06d}"
+    if problem(target) is None:
+        return target
     aside = folder / f".{target.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         _write_files(aside, parts, progress)
-        _write_json(
-            aside / "manifest.json", {"format": FORMAT, "step": step, "files": _digests(aside)}
-        )
+        manifest = {"format": FORMAT, "step": step, "files": _digests(aside)}
+        _write_json(aside / "manifest.json", manifest)
         _sync(aside)
-        if target.exists():
+        _compare(aside, parts)
+        if target.exists():  # a damaged one
             shutil.rmtree(target)
         aside.rename(target)
         _sync(folder)
-        _compare(target, parts)
         _point(folder, target.name)
-    except OSError as e:
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
         raise DataError(
-            f"cannot write the checkpoint {target}: {e.strerror or e}. Earlier checkpoints are "
-            "intact."
+            f"cannot write the checkpoint {target}: {getattr(e, 'strerror', None) or e}. Earlier "
+            "checkpoints are intact; `peft-train RUN_FOLDER` goes on from the newest."
         ) from e
-    _rotate(folder, limit, keep | {step})
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    rotate(folder, step, keep)
     return target
 
 
@@ -98,8 +101,32 @@ def _write_files(aside: Path, parts: Parts, progress: Mapping[str, Any]) -> None
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path)
+    if broken := not_finite(tensors):
+        raise NonFinite(
+            f"{len(broken)} tensors of {path.stem} are not finite ({', '.join(broken[:2])}); no "
+            "checkpoint was written of them. Earlier ones are intact."
+        )
+    save_file(_apart(tensors), path)
     _sync(path)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that hold NaN or infinity."""
+    return [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of which shares memory with another; copied where they must."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() != here.nbytes:
+            here = here.clone()
+        seen.add(memory.data_ptr())
+        found[name] = here
+    return found
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -133,7 +160,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
+    files = [folder / name for name in FILES]
     return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 
@@ -153,39 +180,24 @@ def _point(folder: Path, name: str) -> None:
     _sync(folder)
 
 
-def _compare(target: Path, parts: Parts) -> None:
+def _compare(written: Path, parts: Parts) -> None:
     """Read back what was written and compare it with the live tensors."""
-    live = parts.host.state()
-    with safe_open(target / "trained.safetensors", "pt") as f:
-        assert set(f.keys()) == set(live), "a checkpoint lacks tensors"
-        for name, tensor in live.items():
-            read = f.get_tensor(name)
-            if not torch.equal(read, tensor.cpu()) and not torch.isnan(read).any():
-                raise DataError(
-                    f"{target}: {name} reads back differently from what was written. Is the disk "
-                    "sound?"
-                )
-
-
-def _rotate(folder: Path, limit: int, keep: set[int]) -> None:
-    for path in folder.glob(".step-*"):  # left by a killed process
-        shutil.rmtree(path, ignore_errors=True)
-    for path in _by_step(folder)[limit:]:
-        if _step(path) not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+    live = {
+        "trained.safetensors": parts.host.state(),
+        "optimizer.safetensors": _optimizer_state(parts)[0],
+    }
+    for file, tensors in live.items():
+        with safe_open(written / file, "pt") as f:
+            assert set(f.keys()) == set(tensors), "a checkpoint lacks tensors"
+            for name, tensor in tensors.items():
+                if not torch.equal(f.get_tensor(name), tensor.cpu()):
+                    raise DataError(
+                        f"{written / file}: {name} reads back differently from what was written. "
+                        "Is the disk sound?"
+                    )
 
 
 # -- reading ---------------------------------------------------------------------------------------
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _by_step(folder: Path) -> list[Path]:
-    """Complete-looking checkpoints, newest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=_step, reverse=True)
-
-
 def problem(path: Path) -> str | None:
     """What is wrong with the checkpoint, or None: every file is there with the size and hash of the
     manifest.
@@ -194,8 +206,8 @@ def problem(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"it has format {manifest['format']}, this version reads {FORMAT}"
-        for name, known in manifest["files"].items():
-            file = path / name
+        for name in FILES:
+            file, known = path / name, manifest["files"][name]
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != known["bytes"]:
@@ -205,7 +217,7 @@ def problem(path: Path) -> str | None:
     except FileNotFoundError:
         return "it has no manifest.json"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        return f"its manifest cannot be read ({e})"
+        return f"its manifest cannot be read ({type(e).__name__}: {e})"
     return None
 
 
@@ -215,7 +227,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     Raises `DataError` where there are checkpoints but none can be trusted.
     """
     skipped: list[str] = []
-    for path in _by_step(folder):
+    for path in by_step(folder):
         trouble = problem(path)
         if trouble is None:
             return path, skipped

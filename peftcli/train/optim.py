@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -16,6 +19,8 @@ from peftcli.core.method import Method
 from peftcli.errors import ConfigError
 from peftcli.settings import Optimizer as OptimizerSettings
 from peftcli.settings import Scheduler
+
+OWN_STATE = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization")
 
 
 def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> Optimizer:
@@ -99,3 +104,36 @@ def clip(parameters: list[torch.nn.Parameter], max_norm: float | None) -> float:
     """Scale the gradients down to `max_norm` and return the norm (L2) that they had."""
     bound = math.inf if max_norm is None else max_norm
     return torch.nn.utils.clip_grad_norm_(parameters, bound).item()
+
+
+def not_finite(optimizer: Optimizer) -> list[Tensor]:
+    """The tensors of the optimizer's state that hold NaN or infinity, before they spoil a step."""
+    kept = [t for state in optimizer.state.values() for t in state.values()]
+    tensors = [t for t in kept if isinstance(t, Tensor) and t.is_floating_point() and t.ndim]
+    if not tensors:
+        return []
+    # L2 norms in one pass, as fast as memory is read; those of huge finite numbers overflow, too
+    norms = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(tensors)])
+    suspects = (~norms.isfinite()).nonzero()[:, 0].tolist()
+    return [tensors[i] for i in suspects if not tensors[i].isfinite().all()]
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes that the optimizer will keep of all it trains: of a step on 64 x 64 zeros, scaled.
+
+    An optimizer of its own class that a method brings is taken to keep two float32 a number.
+    """
+    groups = optimizer.param_groups
+    counts = [sum(p.numel() for p in group["params"]) for group in groups]
+    if not type(optimizer).__module__.startswith(OWN_STATE):
+        return 8 * sum(counts)
+    total = 0.0
+    for group, count in zip(groups, counts, strict=True):
+        tiny = torch.nn.Parameter(torch.zeros(64, 64, device=group["params"][0].device))
+        tiny.grad = torch.zeros_like(tiny)
+        probe = copy.copy(optimizer)
+        probe.param_groups, probe.state = [{**group, "params": [tiny]}], defaultdict(dict)
+        type(optimizer).step(probe)
+        kept = [t for t in probe.state[tiny].values() if isinstance(t, Tensor) and t.ndim]
+        total += count * sum(t.nbytes for t in kept) / tiny.numel()
+    return round(total)

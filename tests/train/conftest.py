@@ -24,7 +24,7 @@ from peftcli.settings import Optimizer, Scheduler, Trainer
 from peftcli.train import checkpoint, loggers, optim, streams
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
-from peftcli.train.loop import Loop, Plan
+from peftcli.train.loop import Loop, Plan, Progress
 from peftcli.train.preview import Preview
 from peftcli.train.signals import Stopper
 from tests import tiny
@@ -127,10 +127,10 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             streams.seed_all(seed, "dropout")
             scoring = make_collator("causal_lm", packing=packing, scoring=True)
 
-            def open_log(step: int) -> Log:
+            def open_log(at: Progress) -> Log:
                 if not ranks.is_main:
                     return NoLog()
-                return MetricsLog(run_folder.metrics, step, loggers.Nothing())
+                return MetricsLog(run_folder.metrics, at.step, at.evaluated, loggers.Nothing())
 
             def measure() -> dict[str, float]:
                 assert held_out is not None
@@ -157,7 +157,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 autocast=None,
                 seed=seed,
                 evaluate=None if held_out is None else measure,
-                publish_best=lambda values: None,
+                publish=lambda place, values: None,
                 strategy=strategy,
             )
 

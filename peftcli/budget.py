@@ -1,0 +1,204 @@
+"""What a run needs of memory and disk: before it starts, and when memory ran out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from peftcli.build import Parts, preview, training_collator
+from peftcli.dist import strategies
+from peftcli.errors import ConfigError, OutOfMemory
+from peftcli.export import adapter
+from peftcli.screen import size
+from peftcli.settings import Run
+from peftcli.train import device, optim, probe, streams
+from peftcli.train import estimate as estimates
+from peftcli.train.estimate import Estimate, Load, Memory
+from peftcli.train.folder import RunFolder
+from peftcli.train.loop import Plan
+from peftcli.train.rotation import bytes_of
+
+
+# -- before it starts ------------------------------------------------------------------------------
+def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
+    """Memory, checkpoints and time of one process of the run."""
+    assert parts.data is not None
+    run, host, ranks = parts.run, parts.host, num_ranks(parts.run, plan)
+    shards, look = strategies.shards(run), preview(parts)
+    assert look is not None
+    lengths, recompute = parts.data.train.lengths, run.trainer.gradient_checkpointing
+    working = (
+        probe.by_dimensions(parts.model, parts.dtype, recompute)
+        if shards
+        else probe.measure(look, lengths)
+    )
+    load, state = heaviest(parts, plan, ranks), optim.state_bytes(optimizer)
+    per_step = max(1, int(lengths.sum()) * plan.batch // len(lengths))
+    return Estimate(
+        estimates.memory(host, parts.device, working, load, state, ranks, shards),
+        estimates.checkpoint_bytes(host, state),
+        estimates.seconds(host, parts.device, parts.dtype, per_step, plan.total, recompute, ranks),
+    )
+
+
+def num_ranks(run: Run, plan: Plan) -> int:
+    """Processes that share a step."""
+    each = run.trainer.per_device_train_batch_size * run.trainer.gradient_accumulation_steps
+    return plan.batch // each
+
+
+def heaviest(parts: Parts, plan: Plan, ranks: int = 1) -> Load:
+    """The forward pass with the most tokens among those of the run's first epoch."""
+    assert parts.data is not None
+    run, train = parts.run, parts.data.train
+    each = run.trainer.per_device_train_batch_size
+    by_length = run.dataset.group_by_length and not parts.packing
+    lengths = train.lengths
+    order = streams.order(
+        len(lengths), run.seed, 0, lengths if by_length else None, each * ranks
+    ).numpy()
+    order = order[: plan.total * plan.batch]
+    starts = range(0, len(order), each)
+    if parts.packing:
+        sizes = [int(lengths[order[i : i + each]].sum()) for i in starts]
+    else:
+        sizes = [int(lengths[order[i : i + each]].max()) * len(order[i : i + each]) for i in starts]
+    first = starts[int(np.argmax(sizes))]
+    batch = training_collator(parts)([train[i] for i in order[first : first + each].tolist()])
+    return Load(
+        tokens=probe.num_elements(batch),
+        targets=len(batch.targets),
+        accumulates=run.trainer.gradient_accumulation_steps > 1,
+        in_blocks=parts.head is not None,
+    )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that the run may take at a time beyond what its folder holds, and that there are."""
+
+    needed: int
+    free: int
+
+
+def disk(parts: Parts, cost: Estimate) -> Disk:
+    """Of all checkpoints that are kept, the one being written, and what is published."""
+    trainer, folder = parts.run.trainer, RunFolder(Path(parts.run.run_dir))
+    keeps_best = trainer.eval_steps is not None
+    kept = (trainer.save_total_limit + keeps_best) * cost.checkpoint
+    if trainer.keep_bytes is not None:
+        kept = min(kept, max(trainer.keep_bytes, (1 + keeps_best) * cost.checkpoint))
+    published = (1 + keeps_best) * adapter.num_bytes(parts.host, "default")
+    there = sum(bytes_of(p) for p in (folder.checkpoints, folder.adapter, folder.best))
+    above = [folder.path.absolute(), *folder.path.absolute().parents]
+    free = shutil.disk_usage(next(p for p in above if p.exists())).free
+    return Disk(max(kept + cost.checkpoint + published - there, 0), free)
+
+
+def refuse_full_disk(parts: Parts, cost: Estimate) -> None:
+    """Raises `ConfigError` where the run's checkpoints do not fit on their disk."""
+    found, trainer = disk(parts, cost), parts.run.trainer
+    if found.free < found.needed:
+        raise ConfigError(
+            f"run_dir={parts.run.run_dir}: {size(found.free)} free on that disk, and the run needs "
+            f"{size(found.needed)}: checkpoints of {size(cost.checkpoint)}, "
+            f"trainer.save_total_limit={trainer.save_total_limit} kept, one being written, and "
+            "what is published. Choose another run_dir, or keep less: trainer.save_total_limit=1, "
+            "trainer.keep_bytes=BYTES."
+        )
+
+
+def in_words(memory: Memory) -> str:
+    """The sum and its parts."""
+    parts = {
+        "the program": memory.process,
+        "weights": memory.weights,
+        "deltas": memory.deltas,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "logits": memory.logits,
+    }
+    listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
+    return f"{size(memory.total)} a process: {listed}"
+
+
+# -- when memory ran out ---------------------------------------------------------------------------
+@dataclass
+class Held:
+    """What was in memory, for the message."""
+
+    parts: Parts | None = None
+
+
+@contextmanager
+def out_of_memory() -> Iterator[Held]:
+    """Turn the allocator's failure into exit code 4, with what would need less. Yields the place
+    for the parts, once they are there.
+    """
+    held = Held()
+    try:
+        yield held
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        raise OutOfMemory(advice(e, held.parts)) from None
+    except RuntimeError as e:
+        if "can't allocate memory" not in str(e) and "out of memory" not in str(e):
+            raise
+        raise OutOfMemory(advice(e, held.parts)) from None
+
+
+def advice(e: BaseException, parts: Parts | None) -> str:
+    """What was held at most, what was expected, and what to change."""
+    reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+    peak = device.peak_memory(device.current())
+    said = f"out of memory: {reason}\nheld at most  {size(peak)}"
+    if parts is None or parts.cost is None:
+        return (
+            f"{said}, before the training was planned. Smaller weights need less: "
+            "model.dtype=bfloat16, quantization=nf4, or another model."
+        )
+    memory = parts.cost.memory
+    options = sorted(changes(parts.run, memory), key=lambda option: option[1] > peak)
+    lines = [f"  {words}: about {size(need)}" for words, need in options[:3]]
+    return "\n".join([f"{said}\nestimated     {in_words(memory)}", "each needs less:", *lines])
+
+
+def changes(run: Run, memory: Memory) -> list[tuple[str, int]]:
+    """(what to type, bytes that it would need), the gentlest first."""
+    each, times = (run.trainer.per_device_train_batch_size, run.trainer.gradient_accumulation_steps)
+    found = []
+    parts = 2
+    while each % parts == 0:
+        found.append(
+            (
+                f"trainer.per_device_train_batch_size={each // parts} "
+                f"trainer.gradient_accumulation_steps={times * parts} (the same result)",
+                memory.at(1 / parts).total,
+            )
+        )
+        parts *= 2
+    if not run.trainer.gradient_checkpointing:
+        found.append(
+            ("trainer.gradient_checkpointing=true (a third more time)", recomputed(memory).total)
+        )
+    shorter = run.dataset.max_length // 2
+    found.append(
+        (f"dataset.max_length={shorter} dataset.on_overlong=truncate", memory.at(0.5).total)
+    )
+    if run.quantization.name == "none" and run.method.on_quantised:
+        found.append(("quantization=nf4", memory.total - round(0.7 * memory.weights)))
+    return found
+
+
+def recomputed(memory: Memory) -> Memory:
+    """With activations computed again: a tenth of them stays, by measurements on six models."""
+    saved = memory.working.saved
+    less = replace(saved, constant=saved.constant / 10, slope=saved.slope / 10)
+    return replace(memory, working=replace(memory.working, saved=less))
