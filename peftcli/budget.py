@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from peftcli.build import Parts, preview, training_collator
+from peftcli.build import Parts, preview
+from peftcli.data.collate import Example
 from peftcli.dist import strategies
 from peftcli.errors import ConfigError, OutOfMemory
 from peftcli.export import adapter
@@ -34,12 +35,19 @@ def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
     shards, look = strategies.shards(run), preview(parts)
     assert look is not None
     lengths, recompute = parts.data.train.lengths, run.trainer.gradient_checkpointing
+    examples, state = heaviest(parts, plan, ranks), optim.state_bytes(optimizer)
     working = (
         probe.by_dimensions(parts.model, parts.dtype, recompute)
         if shards
-        else probe.measure(look, lengths)
+        else probe.measure(look, examples)
     )
-    load, state = heaviest(parts, plan, ranks), optim.state_bytes(optimizer)
+    batch = look.collate(examples)
+    load = Load(
+        tokens=probe.num_elements(batch),
+        targets=len(batch.targets),
+        accumulates=run.trainer.gradient_accumulation_steps > 1,
+        in_blocks=parts.head is not None,
+    )
     per_step = max(1, int(lengths.sum()) * plan.batch // len(lengths))
     return Estimate(
         estimates.memory(host, parts.device, working, load, state, ranks, shards),
@@ -54,30 +62,21 @@ def num_ranks(run: Run, plan: Plan) -> int:
     return plan.batch // each
 
 
-def heaviest(parts: Parts, plan: Plan, ranks: int = 1) -> Load:
-    """The forward pass with the most tokens among those of the run's first epoch."""
+def heaviest(parts: Parts, plan: Plan, ranks: int = 1) -> list[Example]:
+    """The examples of the forward pass with the most tokens in the run's first epoch, the longest
+    first.
+    """
     assert parts.data is not None
     run, train = parts.run, parts.data.train
-    each = run.trainer.per_device_train_batch_size
-    by_length = run.dataset.group_by_length and not parts.packing
-    lengths = train.lengths
-    order = streams.order(
-        len(lengths), run.seed, 0, lengths if by_length else None, each * ranks
-    ).numpy()
+    each, lengths = run.trainer.per_device_train_batch_size, train.lengths
+    by_length = lengths if run.dataset.group_by_length and not parts.packing else None
+    order = streams.order(len(lengths), run.seed, 0, by_length, each * ranks).numpy()
     order = order[: plan.total * plan.batch]
-    starts = range(0, len(order), each)
-    if parts.packing:
-        sizes = [int(lengths[order[i : i + each]].sum()) for i in starts]
-    else:
-        sizes = [int(lengths[order[i : i + each]].max()) * len(order[i : i + each]) for i in starts]
-    first = starts[int(np.argmax(sizes))]
-    batch = training_collator(parts)([train[i] for i in order[first : first + each].tolist()])
-    return Load(
-        tokens=probe.num_elements(batch),
-        targets=len(batch.targets),
-        accumulates=run.trainer.gradient_accumulation_steps > 1,
-        in_blocks=parts.head is not None,
-    )
+    batches = [order[i : i + each] for i in range(0, len(order), each)]
+    most = lambda rows: lengths[rows].max() * len(rows)  # noqa: E731
+    size = (lambda rows: lengths[rows].sum()) if parts.packing else most
+    rows = max(batches, key=size)
+    return [train[i] for i in rows[np.argsort(-lengths[rows], kind="stable")].tolist()]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import errno
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
 from peftcli.dist import causes
-from peftcli.errors import ConfigError, DataError, Stopped, UserError, did_you_mean
+from peftcli.errors import OF_DISKS, ConfigError, DataError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from peftcli.settings import Run
 
 FILE = "config.yaml"  # what makes a folder a run folder
-# full, over quota, too large a file, read-only, broken, gone from the network
-OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 HELP = """\
 *peft-train* [VERB] [+recipe=NAME] [group=choice] [key=value ...]
 

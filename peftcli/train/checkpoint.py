@@ -93,7 +93,7 @@ def _write_files(aside: Path, parts: Parts, progress: Mapping[str, Any]) -> None
     )
     state = {
         "progress": progress,
-        "optimizer": rest,
+        "optimizer": {"state": rest},
         "scheduler": {k: v for k, v in parts.scheduler.state_dict().items() if _is_plain(v)},
         "random": {"numpy": random["numpy"], "python": random["python"]},
     }
@@ -135,7 +135,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by 'parameter::key', everything else: the groups' options and plain values)."""
+    """(tensors by 'parameter::key', plain values likewise). The groups' options are those of the
+    configuration.
+    """
     names = {id(p): n for n, p in parts.host.model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
@@ -144,11 +146,7 @@ def _optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for key, value in parts.optimizer.state.get(p, {}).items():
                 where = tensors if isinstance(value, Tensor) else plain
                 where[f"{names[id(p)]}::{key}"] = value
-    groups = [
-        {k: v for k, v in g.items() if k != "params" and _is_plain(v)}
-        for g in parts.optimizer.param_groups
-    ]
-    return tensors, {"state": plain, "groups": groups}
+    return tensors, plain
 
 
 def _is_plain(value: Any) -> bool:
@@ -253,7 +251,7 @@ def load(path: Path, parts: Parts) -> dict[str, Any]:
         if isinstance(e, DataError):
             raise DataError(f"{path}: {e}") from None
         raise DataError(f"the checkpoint {path} cannot be read: {e}") from e
-    parts.scheduler.load_state_dict(state["scheduler"])
+    _go_on(parts.scheduler, state["scheduler"])
     streams.restore({"torch": [random[f"torch{i}"] for i in range(len(random))], **state["random"]})
     return state["progress"]
 
@@ -265,5 +263,14 @@ def _load_optimizer(parts: Parts, tensors: Mapping[str, Tensor], rest: Mapping[s
         if isinstance(value, Tensor) and value.ndim:
             value = value.to(named[name].device)
         parts.optimizer.state[named[name]][key] = value
-    for group, saved in zip(parts.optimizer.param_groups, rest["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def _go_on(scheduler: LRScheduler, saved: Mapping[str, Any]) -> None:
+    """The schedule at the saved position, at the rates that the configuration has now: who goes on
+    from a checkpoint with new values means them.
+    """
+    if saved["last_epoch"]:
+        scheduler.last_epoch = saved["last_epoch"] - 1
+        scheduler._step_count = saved["_step_count"] + 1  # at the first step torch would warn
+        scheduler.step()
+    scheduler._step_count = saved["_step_count"]

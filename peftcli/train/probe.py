@@ -1,7 +1,7 @@
-"""What a forward and backward pass holds in memory, measured on two small batches.
+"""What a forward and backward pass holds in memory, measured on one and on two examples.
 
-Every tensor that torch makes is watched, whatever the architecture, the method or the kernel. Each
-kind of memory grows by a line in what the batch holds, so that two batches tell it of any other.
+Every tensor that torch makes is watched, whatever the architecture, the method or the kernel. Rows
+of one length need the same each, so that two batches tell it of any other.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from peftcli.data.collate import Batch
+from peftcli.data.collate import Batch, Example
 from peftcli.train import streams
 from peftcli.train.preview import Preview
-
-SMALL = (1, 4)  # examples of the two batches
 
 
 @dataclass(frozen=True)
@@ -93,14 +90,13 @@ class Watched(TorchDispatchMode):
         self._gone(tensor.untyped_storage()._cdata)
 
 
-def measure(preview: Preview, lengths: np.ndarray) -> Working:
-    """Run a forward and backward pass on each of two batches of the shortest examples, and leave no
+def measure(preview: Preview, examples: Sequence[Example]) -> Working:
+    """Run a forward and backward pass on the first and on the first two of `examples`, and leave no
     trace: neither gradients nor drawn random numbers.
     """
-    shortest = np.argsort(lengths, kind="stable").tolist()
     passes = []
-    for count in SMALL:
-        batch = preview.collate([preview.examples[i] for i in shortest[:count]])
+    for count in (1, 2):
+        batch = preview.collate(examples[:count])
         passes.append(_pass(preview, batch.to(preview.device)))
     (tokens_a, targets_a, *a), (tokens_b, targets_b, *b) = passes
     saved, answering, turning = zip(a, b, strict=True)

@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -92,6 +92,9 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure([*CASES[args.one], f"trainer.max_steps={args.steps}"])))
         return
+    if not args.json:
+        print("| configuration | tokens | announced, MiB | measured, MiB | ratio | own |")
+        print("|---|---|---|---|---|---|")
     rows = {}
     for case in args.only:
         command = [sys.executable, __file__, "--one", case, "--steps", str(args.steps)]
@@ -99,16 +102,18 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"{case}: {done.stderr}")
         rows[case] = json.loads(done.stdout.splitlines()[-1])
+        if not args.json:
+            print(line(case, rows[case]), flush=True)
     if args.json:
         print(json.dumps(rows, indent=2))
-        return
-    print("| configuration | tokens | announced, MiB | measured, MiB | ratio | own |")
-    print("|---|---|---|---|---|---|")
-    for case, r in rows.items():
-        ratio = r["announced"] / r["measured"]
-        own = (r["announced"] - r["process"]) / (r["measured"] - r["process"])
-        sizes = " | ".join(f"{r[key] / 2**20:,.0f}" for key in ("announced", "measured"))
-        print(f"| {case} | {r['tokens']:,} | {sizes} | {ratio:.2f} | {own:.2f} |")
+
+
+def line(case: str, r: dict[str, Any]) -> str:
+    """A row of the table."""
+    ratio = r["announced"] / r["measured"]
+    own = (r["announced"] - r["process"]) / (r["measured"] - r["process"])
+    sizes = " | ".join(f"{r[key] / 2**20:,.0f}" for key in ("announced", "measured"))
+    return f"| {case} | {r['tokens']:,} | {sizes} | {ratio:.2f} | {own:.2f} |"
 
 
 if __name__ == "__main__":
