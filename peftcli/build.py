@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from peftcli.dist import strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
-from peftcli.models import attention, load
+from peftcli.models import attention, compiled, load
 from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
@@ -157,6 +158,8 @@ def adapt(parts: Parts) -> None:
     with streams.stream(parts.run.seed, "init"):
         host.add(parts.run.method, data=preview(parts))
     parts.strategy.spread(host, parts.device)
+    if parts.run.trainer.compile:
+        compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)
 
 
@@ -224,7 +227,9 @@ def evaluator(
     collate = collator(parts, scoring=True)
 
     def run() -> dict[str, float]:
+        plain = compiled.uncompiled() if parts.run.trainer.compile else nullcontext()
         with (
+            plain,
             counting("evaluating", len(held_out)) as advance,
             torch.autocast(parts.device.type, parts.autocast, enabled=parts.autocast is not None),
         ):

@@ -132,6 +132,7 @@ class Trainer:
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops
     num_threads: Positive | None = None  # CPU threads; None: the process's share of the cores
+    compile: bool = False  # transformer blocks through torch.compile
     kernels: Kernels = (
         "auto"  # GPU kernels where they run; reference: plain torch; require: or stop
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftcli.kernels.packed_attention import Segment
+from peftcli.kernels.packed_attention import Segment, Segments
 from peftcli.settings import Task
 
 Example = Mapping[str, Any]
@@ -170,7 +170,7 @@ def packed_row(
     inputs = {
         "input_ids": row,
         "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
-        "segments": tuple(segments),
+        "segments": Segments(segments),
         "logits_to_keep": torch.from_numpy(np.concatenate(keep)),
         "use_cache": False,
     }

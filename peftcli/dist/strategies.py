@@ -85,6 +85,11 @@ def shards(run: Run) -> bool:
 
 def refuse(run: Run) -> None:
     """Raises `ConfigError` where the strategy cannot do what the run asks for."""
+    if run.strategy.name == "fsdp" and run.trainer.compile:
+        raise ConfigError(
+            "strategy=fsdp: gathers the weights that a compiled block holds. Use "
+            "trainer.compile=false, or strategy=ddp."
+        )
     if run.strategy.name == "fsdp" and run.quantization.name != "none":
         raise ConfigError(
             f"strategy=fsdp: cannot cut up weights in quantization={run.quantization.name}. Use "

@@ -8,8 +8,9 @@ around the same kernel calls (16 segments behind a shared prefix of 16, 510 toke
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,26 @@ class Segment(NamedTuple):
     prefix_stop: int = 0
 
 
-Segments = tuple[Segment, ...]
+class Segments(Sequence[Segment]):
+    """The segments of a row. Not a tuple: a compiled block that only hands it on would be compiled
+    again for every other number of them.
+    """
+
+    def __init__(self, parts: Iterable[Segment]) -> None:
+        self._parts = tuple(parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._parts[index]
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def packed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments,
+    segments: Sequence[Segment],
     scale: float,
     dropout: float = 0.0,
     before: tuple[Tensor, Tensor] | None = None,
@@ -73,7 +86,7 @@ def packed_attention_ref(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    segments: Segments,
+    segments: Sequence[Segment],
     scale: float,
     before: tuple[Tensor, Tensor] | None = None,
     dropout: float = 0.0,

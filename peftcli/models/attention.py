@@ -151,6 +151,11 @@ def use_packed_attention(model: nn.Module) -> None:
             config._attn_implementation = NAME
 
 
+def keep_uncompiled() -> None:
+    """Leave the registered function out of what `torch.compile` captures."""
+    AttentionInterface.register(NAME, torch.compiler.disable(packed_rows))
+
+
 def is_registered(model: nn.Module) -> bool:
     """Whether the model's attention asks the registry, with sdpa underneath."""
     config: Any = model.config

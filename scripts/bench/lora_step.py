@@ -1,9 +1,10 @@
 """The steps that the benchmarks race: LoRA on all linears of the default model, AdamW included.
 
-ours         the program's parts: packed rows, one node for the linears that share an input
-hf           Hugging Face peft in a plain loop: padded rows, float32 factors on any base
-hf_compiled  the same, every layer compiled
-floor        the products with frozen weights alone, forward and to the input, on real tokens
+ours           the program's parts: packed rows, one node for the linears that share an input
+ours_compiled  the same under trainer.compile
+hf             Hugging Face peft in a plain loop: padded rows, float32 factors on any base
+hf_compiled    the same, every layer compiled
+floor          the products with frozen weights alone, forward and to the input, on real tokens
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from race import Answer, Step, race, serve
 
-VARIANTS = ("ours", "hf", "hf_compiled", "floor")
+VARIANTS = ("ours", "ours_compiled", "hf", "hf_compiled", "floor")
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,14 @@ def make_step(variant: str, work: Work) -> Step:
     )
     model.to(device.pick())
     model.config.use_cache = False
-    if variant == "ours":
-        return _ours(model, work)
+    if variant.startswith("ours"):
+        return _ours(model, work, is_compiled=variant == "ours_compiled")
     if variant == "floor":
         return _floor(model, work)
     return _hf(model, work, is_compiled=variant == "hf_compiled")
 
 
-def _ours(model: Any, work: Work) -> Step:
+def _ours(model: Any, work: Work, *, is_compiled: bool) -> Step:
     import numpy as np
     import torch
 
@@ -127,6 +128,7 @@ def _ours(model: Any, work: Work) -> Step:
     from peftcli.data.collate import causal_collator
     from peftcli.methods.lora import LoRA
     from peftcli.models.attention import use_packed_attention
+    from peftcli.models.compiled import compile_blocks
     from peftcli.models.head import direct_head
     from peftcli.train import objective
 
@@ -134,6 +136,8 @@ def _ours(model: Any, work: Work) -> Step:
     host.add(LoRA(r=work.rank, alpha=2.0 * work.rank, target_modules="all-linear"))
     use_packed_attention(model)
     head = direct_head(model)
+    if is_compiled:
+        compile_blocks(model, host.layout)
     model.train()
     rows = [
         {"id": i, "input_ids": row, "supervised": np.ones(len(row), bool)}
