@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from peftcli.build import Parts, preview
@@ -36,11 +37,11 @@ def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
     assert look is not None
     lengths, recompute = parts.data.train.lengths, run.trainer.gradient_checkpointing
     examples, state = heaviest(parts, plan, ranks), optim.state_bytes(optimizer)
-    working = (
-        probe.by_dimensions(parts.model, parts.dtype, recompute)
-        if shards
-        else probe.measure(look, examples)
-    )
+    if shards:
+        working = probe.by_dimensions(parts.model, parts.dtype, recompute)
+    else:
+        with parts.uncompiled():
+            working = probe.measure(look, examples)
     batch = look.collate(examples)
     load = Load(
         tokens=probe.num_elements(batch),
@@ -164,40 +165,46 @@ def advice(e: BaseException, parts: Parts | None) -> str:
             "model.dtype=bfloat16, quantization=nf4, or another model."
         )
     memory = parts.cost.memory
-    options = sorted(changes(parts.run, memory), key=lambda option: option[1] > peak)
+    options = sorted(changes(parts, memory), key=lambda option: option[1] > peak)
     lines = [f"  {words}: about {size(need)}" for words, need in options[:3]]
     return "\n".join([f"{said}\nestimated     {in_words(memory)}", "each needs less:", *lines])
 
 
-def changes(run: Run, memory: Memory) -> list[tuple[str, int]]:
+def changes(parts: Parts, memory: Memory) -> list[tuple[str, int]]:
     """(what to type, bytes that it would need), the gentlest first."""
-    each, times = (run.trainer.per_device_train_batch_size, run.trainer.gradient_accumulation_steps)
+    trainer = parts.run.trainer
+    each, times = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     found = []
-    parts = 2
-    while each % parts == 0:
-        found.append(
-            (
-                f"trainer.per_device_train_batch_size={each // parts} "
-                f"trainer.gradient_accumulation_steps={times * parts} (the same result)",
-                memory.at(1 / parts).total,
-            )
+    for divisor in (n for n in (2, 4, 8, 16) if each % n == 0):
+        words = (
+            f"trainer.per_device_train_batch_size={each // divisor} "
+            f"trainer.gradient_accumulation_steps={times * divisor} (the same result)"
         )
-        parts *= 2
-    if not run.trainer.gradient_checkpointing:
-        found.append(
-            ("trainer.gradient_checkpointing=true (a third more time)", recomputed(memory).total)
-        )
-    shorter = run.dataset.max_length // 2
-    found.append(
-        (f"dataset.max_length={shorter} dataset.on_overlong=truncate", memory.at(0.5).total)
-    )
-    if run.quantization.name == "none" and run.method.on_quantised:
-        found.append(("quantization=nf4", memory.total - round(0.7 * memory.weights)))
+        found.append((words, memory.at(1 / divisor).total))
+    if not trainer.gradient_checkpointing:
+        words = "trainer.gradient_checkpointing=true (a third more time)"
+        found.append((words, recomputed(parts, memory).total))
+    words = f"dataset.max_length={parts.run.dataset.max_length // 2} dataset.on_overlong=truncate"
+    found.append((words, memory.at(0.5).total))
+    if parts.run.quantization.name == "none" and parts.run.method.on_quantised:
+        found.append(("quantization=nf4", memory.total - spared_by_four_bits(parts.model)))
     return found
 
 
-def recomputed(memory: Memory) -> Memory:
-    """With activations computed again: a tenth of them stays, by measurements on six models."""
+def recomputed(parts: Parts, memory: Memory) -> Memory:
+    """With activations computed again: a row of each block stays, and for a moment all of one."""
+    kept, all_of_them = (
+        probe.by_dimensions(parts.model, parts.dtype, again).saved.slope for again in (True, False)
+    )
+    share = kept / all_of_them + 1 / max(len(parts.host.layout.blocks), 1)
     saved = memory.working.saved
-    less = replace(saved, constant=saved.constant / 10, slope=saved.slope / 10)
+    less = replace(saved, constant=saved.constant * share, slope=saved.slope * share)
     return replace(memory, working=replace(memory.working, saved=less))
+
+
+def spared_by_four_bits(model: nn.Module) -> int:
+    """Bytes that frozen linears would no longer take, at 4.5 bits a weight with its scales."""
+    frozen = [
+        m.weight for m in model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad
+    ]
+    return round(sum(w.nbytes - w.numel() * 4.5 / 8 for w in frozen))

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -59,6 +59,10 @@ class Parts:
     def dtype(self) -> torch.dtype:
         """The type that products run in."""
         return self.autocast or torch.float32
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """For what is no training step: blocks that are compiled run as they are."""
+        return compiled.uncompiled() if self.run.trainer.compile else nullcontext()
 
 
 def build(
@@ -227,9 +231,8 @@ def evaluator(
     collate = collator(parts, scoring=True)
 
     def run() -> dict[str, float]:
-        plain = compiled.uncompiled() if parts.run.trainer.compile else nullcontext()
         with (
-            plain,
+            parts.uncompiled(),
             counting("evaluating", len(held_out)) as advance,
             torch.autocast(parts.device.type, parts.autocast, enabled=parts.autocast is not None),
         ):

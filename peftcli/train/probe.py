@@ -95,10 +95,10 @@ def measure(preview: Preview, examples: Sequence[Example]) -> Working:
     trace: neither gradients nor drawn random numbers.
     """
     passes = []
-    for count in (1, 2):
+    for count in range(1, min(2, len(examples)) + 1):
         batch = preview.collate(examples[:count])
         passes.append(_pass(preview, batch.to(preview.device)))
-    (tokens_a, targets_a, *a), (tokens_b, targets_b, *b) = passes
+    (tokens_a, targets_a, *a), (tokens_b, targets_b, *b) = passes[0], passes[-1]
     saved, answering, turning = zip(a, b, strict=True)
     return Working(
         Line.through((tokens_a, saved[0]), (tokens_b, saved[1])),
