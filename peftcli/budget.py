@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from peftcli.screen import size
 from peftcli.settings import Run
 from peftcli.train import device, optim, probe, streams
 from peftcli.train import estimate as estimates
-from peftcli.train.estimate import Estimate, Load, Memory
+from peftcli.train.estimate import Estimate, Held, Load, Memory
 from peftcli.train.folder import RunFolder
 from peftcli.train.loop import Plan
 from peftcli.train.rotation import bytes_of
@@ -30,14 +31,28 @@ from peftcli.train.rotation import bytes_of
 
 # -- before it starts ------------------------------------------------------------------------------
 def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
-    """Memory, checkpoints and time of one process of the run."""
+    """What one process of the run holds, checkpoints and time; takes no time itself."""
     assert parts.data is not None
     run, host, ranks = parts.run, parts.host, num_ranks(parts.run, plan)
-    shards, look = strategies.shards(run), preview(parts)
+    lengths, state = parts.data.train.lengths, optim.state_bytes(optimizer)
+    per_step = max(1, int(lengths.sum()) * plan.batch // len(lengths))
+    recompute = run.trainer.gradient_checkpointing
+    return Estimate(
+        estimates.held(host, parts.device, state, ranks, strategies.shards(run)),
+        estimates.checkpoint_bytes(host, state),
+        estimates.seconds(host, parts.device, parts.dtype, per_step, plan.total, recompute, ranks),
+    )
+
+
+def measure(parts: Parts, plan: Plan, held: Held) -> Memory:
+    """The peak of the run's heaviest step, by a forward and backward pass on one and on two of its
+    examples; where weights are cut up, by the model's dimensions.
+    """
+    look, run = preview(parts), parts.run
     assert look is not None
-    lengths, recompute = parts.data.train.lengths, run.trainer.gradient_checkpointing
-    examples, state = heaviest(parts, plan, ranks), optim.state_bytes(optimizer)
-    if shards:
+    examples = heaviest(parts, plan)
+    if strategies.shards(run):
+        recompute = run.trainer.gradient_checkpointing
         working = probe.by_dimensions(parts.model, parts.dtype, recompute)
     else:
         with parts.uncompiled():
@@ -49,12 +64,7 @@ def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
         accumulates=run.trainer.gradient_accumulation_steps > 1,
         in_blocks=parts.head is not None,
     )
-    per_step = max(1, int(lengths.sum()) * plan.batch // len(lengths))
-    return Estimate(
-        estimates.memory(host, parts.device, working, load, state, ranks, shards),
-        estimates.checkpoint_bytes(host, state),
-        estimates.seconds(host, parts.device, parts.dtype, per_step, plan.total, recompute, ranks),
-    )
+    return Memory(held, working, load)
 
 
 def num_ranks(run: Run, plan: Plan) -> int:
@@ -63,7 +73,7 @@ def num_ranks(run: Run, plan: Plan) -> int:
     return plan.batch // each
 
 
-def heaviest(parts: Parts, plan: Plan, ranks: int = 1) -> list[Example]:
+def heaviest(parts: Parts, plan: Plan) -> list[Example]:
     """The examples of the forward pass with the most tokens in the run's first epoch, the longest
     first.
     """
@@ -71,7 +81,7 @@ def heaviest(parts: Parts, plan: Plan, ranks: int = 1) -> list[Example]:
     run, train = parts.run, parts.data.train
     each, lengths = run.trainer.per_device_train_batch_size, train.lengths
     by_length = lengths if run.dataset.group_by_length and not parts.packing else None
-    order = streams.order(len(lengths), run.seed, 0, by_length, each * ranks).numpy()
+    order = streams.order(len(lengths), run.seed, 0, by_length, each * num_ranks(run, plan)).numpy()
     order = order[: plan.total * plan.batch]
     batches = [order[i : i + each] for i in range(0, len(order), each)]
     most = lambda rows: lengths[rows].max() * len(rows)  # noqa: E731
@@ -115,59 +125,77 @@ def refuse_full_disk(parts: Parts, cost: Estimate) -> None:
         )
 
 
-def in_words(memory: Memory) -> str:
-    """The sum and its parts."""
+def in_words(held: Held, memory: Memory | None = None) -> str:
+    """The parts, and with a measured peak the sum."""
     parts = {
-        "the program": memory.process,
-        "weights": memory.weights,
-        "deltas": memory.deltas,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-        "logits": memory.logits,
+        "the program": held.process,
+        "weights": held.weights,
+        "deltas": held.deltas,
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
     }
+    if memory is not None:
+        parts |= {"activations": memory.activations, "logits": memory.logits}
     listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
-    return f"{size(memory.total)} a process: {listed}"
+    if memory is None:
+        return f"{listed}; and activations, which `peft-train check` measures"
+    return f"about {size(memory.total)} a process: {listed}"
 
 
 # -- when memory ran out ---------------------------------------------------------------------------
 @dataclass
-class Held:
-    """What was in memory, for the message."""
+class Running:
+    """What is being trained, for the message."""
 
     parts: Parts | None = None
+    plan: Plan | None = None
 
 
 @contextmanager
-def out_of_memory() -> Iterator[Held]:
+def out_of_memory() -> Iterator[Running]:
     """Turn the allocator's failure into exit code 4, with what would need less. Yields the place
-    for the parts, once they are there.
+    for what is trained, once it is there.
     """
-    held = Held()
+    running = Running()
     try:
-        yield held
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        raise OutOfMemory(advice(e, held.parts)) from None
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e) and "out of memory" not in str(e):
+        yield running
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
             raise
-        raise OutOfMemory(advice(e, held.parts)) from None
+        traceback.clear_frames(e.__traceback__)  # which hold the step's tensors
+        raise OutOfMemory(advice(e, running)) from None
 
 
-def advice(e: BaseException, parts: Parts | None) -> str:
-    """What was held at most, what was expected, and what to change."""
+def is_out_of_memory(e: BaseException) -> bool:
+    """Whether it is the allocator of the CPU or of the GPU that failed."""
+    said = ("can't allocate memory", "out of memory")
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or any(s in str(e) for s in said)
+
+
+def advice(e: BaseException, running: Running) -> str:
+    """What was held at most, what a step takes by measurement, and what to change."""
     reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-    peak = device.peak_memory(device.current())
+    peak, parts = device.peak_memory(device.current()), running.parts
     said = f"out of memory: {reason}\nheld at most  {size(peak)}"
-    if parts is None or parts.cost is None:
+    if parts is None or parts.cost is None or running.plan is None:
         return (
             f"{said}, before the training was planned. Smaller weights need less: "
             "model.dtype=bfloat16, quantization=nf4, or another model."
         )
-    memory = parts.cost.memory
+    try:
+        memory = measure(parts, running.plan, parts.cost.held)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as again:
+        if not is_out_of_memory(again):
+            raise
+        return (
+            f"{said}\nheld always   {in_words(parts.cost.held)}\nand two examples do not fit: "
+            "trainer.gradient_checkpointing=true, a smaller dataset.max_length, quantization=nf4, "
+            "or another model need less."
+        )
     options = sorted(changes(parts, memory), key=lambda option: option[1] > peak)
     lines = [f"  {words}: about {size(need)}" for words, need in options[:3]]
-    return "\n".join([f"{said}\nestimated     {in_words(memory)}", "each needs less:", *lines])
+    words = in_words(parts.cost.held, memory)
+    return "\n".join([f"{said}\nestimated     {words}", "each needs less:", *lines])
 
 
 def changes(parts: Parts, memory: Memory) -> list[tuple[str, int]]:

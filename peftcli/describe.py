@@ -19,7 +19,7 @@ from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
 from peftcli.settings import Run, Task
 from peftcli.train import device
-from peftcli.train.estimate import Estimate
+from peftcli.train.estimate import Estimate, Memory
 from peftcli.train.folder import RunFolder
 from peftcli.train.loop import Plan, Progress
 
@@ -29,15 +29,25 @@ LEFT_OUT = (
 )
 
 
-def plan(parts: Parts, steps: Plan, optimizer: Optimizer, quiet: bool = False) -> dict[str, Any]:
-    """What is about to happen, on the screen and as plain data."""
+def plan(
+    parts: Parts,
+    steps: Plan,
+    optimizer: Optimizer,
+    *,
+    measured: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """What is about to happen, on the screen and as plain data. `measured`: with the memory of a
+    step, which takes a few examples through the model.
+    """
     assert parts.data is not None
     trained, total = parts.host.num_parameters()
     parts.cost = budget.estimate(parts, steps, optimizer)
+    memory = budget.measure(parts, steps, parts.cost.held) if measured else None
     blocks = {
         "model": _model(parts, trained, total),
         "data": _data(parts, parts.data.stats),
-        "training": _training(parts, steps, parts.cost),
+        "training": _training(parts, steps, parts.cost, memory),
     }
     if not quiet:
         for title, rows in blocks.items():
@@ -181,7 +191,7 @@ def _options(method: Any) -> str:
     return " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
 
 
-def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
+def _training(parts: Parts, steps: Plan, cost: Estimate, memory: Memory | None) -> dict[str, Any]:
     run, disk = parts.run, budget.disk(parts, cost)
     return {
         "steps": f"{steps.total} optimizer steps of {steps.batch} examples,"
@@ -189,7 +199,7 @@ def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
         "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
         f" {run.scheduler.name} schedule",
         "processes": f"{budget.num_ranks(run, steps)}, strategy={run.strategy.name}",
-        "memory": f"about {budget.in_words(cost.memory)}; free "
+        "memory": f"{budget.in_words(cost.held, memory)}; free "
         f"{size(device.available_memory(parts.device))}",
         "disk": f"{size(cost.checkpoint)} a checkpoint, at most {size(disk.needed)} at a time;"
         f" free {size(disk.free)}",

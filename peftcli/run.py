@@ -42,7 +42,7 @@ def train(run: Run, cfg: DictConfig) -> int:
     started, is_main = datetime.now(UTC), strategies.rank_in_environment() == 0
     cfg, folder = strategies.with_numbers(cfg), RunFolder(Path(run.run_dir))
     screen = LiveScreen() if is_main else hidden_screen()
-    with Stopper(quiet=not is_main) as stopper, out_of_memory() as memory, ExitStack() as held:
+    with Stopper(quiet=not is_main) as stopper, out_of_memory() as running, ExitStack() as held:
         start = resume.Start()
         if is_main:
             held.enter_context(folder.locked())
@@ -57,9 +57,10 @@ def train(run: Run, cfg: DictConfig) -> int:
             stopper.poll()
         except StopRequested as request:
             raise Stopped(f"stopped by {request} before training; nothing to save") from None
-        parts.strategy, memory.parts = strategy, parts
+        parts.strategy = strategy
         adapt(parts)
         loop = make_loop(parts, cfg, folder, screen, stopper)
+        running.parts, running.plan = parts, loop.plan
         describe.plan(parts, loop.plan, loop.optimizer)
         first_hash = parts.host.digest()
         if start.checkpoint is not None:
@@ -161,7 +162,7 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
         plan = Plan.of(run.trainer, len(parts.data.train), launch.num_ranks(run))
         optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
         optim.make_scheduler(run.scheduler, optimizer, plan.total)
-        found = describe.plan(parts, plan, optimizer, quiet=as_json)
+        found = describe.plan(parts, plan, optimizer, measured=True, quiet=as_json)
     if as_json:
         print(json.dumps(found, indent=2))
     else:

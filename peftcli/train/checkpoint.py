@@ -31,6 +31,7 @@ from peftcli.core.host import Host
 from peftcli.errors import DataError, NonFinite
 from peftcli.models.source import sha256
 from peftcli.train import streams
+from peftcli.train.finite import not_finite
 from peftcli.train.rotation import Keep, by_step, rotate
 
 FORMAT = 1
@@ -108,11 +109,6 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         )
     save_file(_apart(tensors), path)
     _sync(path)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of those that hold NaN or infinity."""
-    return [k for k, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()]
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,14 +26,21 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of a training step of one process."""
+class Held:
+    """Bytes that are in one process's memory whatever a step computes."""
 
     process: int  # on the CPU, interpreter, libraries and data
     weights: int  # the model without what methods add
     deltas: int
     gradients: int
     optimizer: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step of one process."""
+
+    held: Held
     working: Working
     load: Load
 
@@ -52,11 +59,12 @@ class Memory:
     def total(self) -> int:
         """At the peak: as activations go, gradients come, unless earlier passes have left them."""
         turning = self.working.turning.at(self.load.tokens)
-        held = self.process + self.weights + self.deltas + self.optimizer
+        held, gradients = self.held, self.held.gradients
+        always = held.process + held.weights + held.deltas + held.optimizer
         if self.load.accumulates:
-            return held + self.gradients + self.activations + max(self.logits, turning)
-        return held + max(
-            self.activations + self.logits, max(self.activations, self.gradients) + turning
+            return always + gradients + self.activations + max(self.logits, turning)
+        return always + max(
+            self.activations + self.logits, max(self.activations, gradients) + turning
         )
 
     def at(self, fraction: float) -> Memory:
@@ -70,37 +78,27 @@ class Memory:
 class Estimate:
     """Of one process."""
 
-    memory: Memory
+    held: Held
     checkpoint: int  # bytes
     seconds: float  # of all training steps; rough
 
 
-def memory(
-    host: Host,
-    where: torch.device,
-    working: Working,
-    load: Load,
-    optimizer: int,
-    ranks: int = 1,
-    shards: bool = False,
-) -> Memory:
-    """Of a step with this `load`; `optimizer` are the bytes of its state. `shards`: frozen weights
-    are cut up among the ranks.
-    """
+def held(
+    host: Host, where: torch.device, optimizer: int, ranks: int = 1, shards: bool = False
+) -> Held:
+    """`optimizer` are the bytes of its state. `shards`: frozen weights are cut up among ranks."""
     named = dict(host.model.named_parameters())
     buffers = dict(host.model.named_buffers())
     own = sum(t.nbytes for n, t in {**named, **buffers}.items() if is_own(n))
     base = {n: t for n, t in {**named, **buffers}.items() if not is_own(n)}
     frozen = sum(t.nbytes for t in base.values() if not t.requires_grad)
     whole = sum(t.nbytes for t in base.values())
-    return Memory(
+    return Held(
         process=max(device.resident_memory() - whole - own, 0) if where.type == "cpu" else 0,
         weights=whole - frozen + (frozen // ranks if shards else frozen),
         deltas=own,
         gradients=sum(p.nbytes for p in host.trained().values()),
         optimizer=optimizer,
-        working=working,
-        load=load,
     )
 
 

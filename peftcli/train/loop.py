@@ -33,6 +33,7 @@ from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.settings import Task, Trainer
 from peftcli.train import checkpoint, device, metrics, objective, optim, rehearsal, streams
 from peftcli.train.evaluate import Indexed
+from peftcli.train.finite import not_finite
 from peftcli.train.folder import Log, RunFolder, write_json
 from peftcli.train.rotation import Keep
 from peftcli.train.signals import Stopper, StopRequested
@@ -194,7 +195,7 @@ class Loop:
         self.method.after_backward(self.host, t)
         norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
-        broken = len(optim.not_finite(self.optimizer))
+        broken = len(not_finite(optim.state_tensors(self.optimizer)))
         loss, tokens, broken = self.ranks.totals(loss, sum(b.num_tokens for b in mine), broken)
         if math.isfinite(loss) and math.isfinite(norm) and not broken:
             self.optimizer.step()
@@ -252,7 +253,7 @@ class Loop:
         said = f"loss {loss}, gradient norm {norm}"
         said += f", {broken} tensors of the optimizer's state not finite" if broken else ""
         self.screen.note(f"step {step}: {said}; the step was not taken")
-        if checkpoint.not_finite(self.host.trained()):
+        if not_finite(self.host.trained()):
             raise NonFinite(
                 f"the weights are not finite before step {step} ({said}): an earlier step made "
                 "them so, and nothing was saved of them. `peft-train RUN_FOLDER` goes on from the "

@@ -106,16 +106,10 @@ def clip(parameters: list[torch.nn.Parameter], max_norm: float | None) -> float:
     return torch.nn.utils.clip_grad_norm_(parameters, bound).item()
 
 
-def not_finite(optimizer: Optimizer) -> list[Tensor]:
-    """The tensors of the optimizer's state that hold NaN or infinity, before they spoil a step."""
+def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors that the optimizer keeps, by a number."""
     kept = [t for state in optimizer.state.values() for t in state.values()]
-    tensors = [t for t in kept if isinstance(t, Tensor) and t.is_floating_point() and t.ndim]
-    if not tensors:
-        return []
-    # L2 norms in one pass, as fast as memory is read; those of huge finite numbers overflow, too
-    norms = torch.stack([n.to(torch.float32) for n in torch._foreach_norm(tensors)])
-    suspects = (~norms.isfinite()).nonzero()[:, 0].tolist()
-    return [tensors[i] for i in suspects if not tensors[i].isfinite().all()]
+    return {str(i): t for i, t in enumerate(kept) if isinstance(t, Tensor)}
 
 
 def state_bytes(optimizer: Optimizer) -> int:

@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def measure(words: list[str]) -> dict[str, Any]:
         adapt(parts)
         loop: Loop = make_loop(parts, cfg, RunFolder(Path(name)), hidden_screen(), Stopper())
         ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back
-        memory = budget.estimate(parts, loop.plan, loop.optimizer).memory
+        held = budget.estimate(parts, loop.plan, loop.optimizer).held
+        memory = budget.measure(parts, loop.plan, held)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         loop.evaluate = None
@@ -69,13 +71,14 @@ def measure(words: list[str]) -> dict[str, Any]:
         else:
             status = Path("/proc/self/status").read_text()
             measured = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    shares = ("process", "weights", "deltas", "gradients", "optimizer", "activations", "logits")
     return {
         "announced": memory.total,
         "measured": measured,
         "turning": memory.working.turning.at(memory.load.tokens),
         "tokens": memory.load.tokens,
-        **{share: getattr(memory, share) for share in shares},
+        "activations": memory.activations,
+        "logits": memory.logits,
+        **asdict(held),
     }
 
 

@@ -19,6 +19,7 @@ import torch
 from peftcli.errors import DataError, NonFinite, Stopped
 from peftcli.methods.lora import LoRA
 from peftcli.train import checkpoint, optim
+from peftcli.train.finite import not_finite
 from peftcli.train.rotation import Keep, by_step, rotate
 from peftcli.train.signals import Stopper
 from tests.train.conftest import MakeLoop, chats
@@ -202,7 +203,7 @@ def test_a_step_is_not_taken_on_an_optimizer_state_that_is_not_finite(make_loop:
     with pytest.raises(NonFinite, match="1 tensors of the optimizer's state"):
         loop.fit()
     assert loop.progress.step == 6
-    assert not checkpoint.not_finite(loop.host.trained())
+    assert not not_finite(loop.host.trained())
     record = json.loads((loop.folder.path / "nonfinite-000004.json").read_text())
     assert len(record["examples"]) == 4
     assert checkpoint.newest(loop.folder.checkpoints)[0].name == "step-000004"
