@@ -192,18 +192,22 @@ def advice(e: BaseException, running: Running) -> str:
             "trainer.gradient_checkpointing=true, a smaller dataset.max_length, quantization=nf4, "
             "or another model need less."
         )
-    options = sorted(changes(parts, memory), key=lambda option: option[1] > peak)
+    options = sorted(changes(parts, memory, peak), key=lambda option: option[1] > peak)
     lines = [f"  {words}: about {size(need)}" for words, need in options[:3]]
     words = in_words(parts.cost.held, memory)
     return "\n".join([f"{said}\nestimated     {words}", "each needs less:", *lines])
 
 
-def changes(parts: Parts, memory: Memory) -> list[tuple[str, int]]:
-    """(what to type, bytes that it would need), the gentlest first."""
-    trainer = parts.run.trainer
+def changes(parts: Parts, memory: Memory, room: int) -> list[tuple[str, int]]:
+    """(what to type, bytes that it would need), the gentlest first; of smaller batches the largest
+    that fits in `room`.
+    """
+    trainer, found = parts.run.trainer, []
     each, times = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
-    found = []
-    for divisor in (n for n in (2, 4, 8, 16) if each % n == 0):
+    divisors = [n for n in range(2, each + 1) if each % n == 0]
+    if divisors:
+        fitting = (n for n in divisors if memory.at(1 / n).total <= room)
+        divisor = next(fitting, divisors[-1])
         words = (
             f"trainer.per_device_train_batch_size={each // divisor} "
             f"trainer.gradient_accumulation_steps={times * divisor} (the same result)"

@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
-SPAN = 0.3  # seconds after a new checkpoint within which the kill comes
+SPAN = 0.06  # seconds after a new checkpoint within which the kill comes
 
 
 @dataclass
@@ -137,7 +137,7 @@ def compare(straight: Path, killed: Path, outcome: Outcome) -> None:
         outcome.wrong.append("an adapter is missing")
     elif pair[0].read_bytes() != pair[1].read_bytes():
         outcome.wrong.append("the adapters differ")
-    left = [p for p in killed.rglob(".*") if p.name not in (".hydra", ".lock", ".gitattributes")]
+    left = [p for p in killed.rglob(".*") if p.name not in (".hydra", ".lock")]
     if left:
         outcome.wrong.append(f"left over: {', '.join(str(p.relative_to(killed)) for p in left)}")
     for name, values in (("memory", outcome.memory), ("open files", outcome.files)):

@@ -70,13 +70,13 @@ def test_a_run_that_goes_on_from_a_checkpoint_with_new_values_keeps_the_old_ones
     cli(*tiny_run, "trainer.save_steps=2", "trainer.save_total_limit=5")
     run = tmp_path / "run"
     old = (run / "checkpoints/step-000006/trained.safetensors").read_bytes()
-    cli("train", "run", f"resume={run}/checkpoints/step-000002", "optimizer.lr=0.5")
+    cli("train", "run", f"resume={run}/checkpoints/step-000002", "optimizer.lr=0.01")
     assert (run / "previous/1/checkpoints/step-000006/trained.safetensors").read_bytes() == old
     assert (run / "checkpoints/step-000006/trained.safetensors").read_bytes() != old
     assert (run / "previous/1/result.json").is_file()
     again = cli("train", "run")  # neither begins again, nor sees another configuration
     assert "finished" in again.stderr
-    assert "lr: 0.5" in (run / "checkpoints/config.yaml").read_text()
+    assert "lr: 0.01" in (run / "checkpoints/config.yaml").read_text()
 
 
 # -- disks -----------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_a_step_that_does_not_fit_ends_with_what_would(cli: Cli, tiny_run: list[
 
     code, said = in_a_shell(starve)
     assert code == 4, said
-    for part in ("held at most", "estimated", "each needs less", "size=16", "checkpointing=true"):
+    for part in ("held at most", "estimated", "each needs less", "size=", "checkpointing=true"):
         assert part in said
     assert "Traceback" not in said
 
@@ -160,15 +160,15 @@ def secret(run: Path) -> list[str]:
 
 
 def other_folder(run: Path) -> list[str]:
-    return ["name=../../x"]
+    return ["name=../../x", f"run_dir={run}-2"]
 
 
 def callback(run: Path) -> list[str]:
-    (run / "recipes").mkdir()
-    (run / "recipes" / "evil.yaml").write_text(
+    (run / "own" / "recipes").mkdir(parents=True)
+    (run / "own" / "recipes" / "evil.yaml").write_text(
         "# @package _global_\nhydra:\n  callbacks:\n    x:\n      _target_: os.system\n"
     )
-    return ["--config-dir", str(run), "+recipe=evil"]
+    return ["--config-dir", str(run / "own"), "+recipe=evil"]
 
 
 def adapters_target(run: Path) -> list[str]:
@@ -203,7 +203,7 @@ def other_shards(run: Path) -> list[str]:
     copy = copy_of_the_model(run)
     index = {"weight_map": {"x": "../../elsewhere.safetensors"}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    return [f"model.name_or_path={copy}"]
+    return [f"model.name_or_path={copy}", f"run_dir={run}-2"]
 
 
 def own_code(run: Path) -> list[str]:
@@ -212,7 +212,7 @@ def own_code(run: Path) -> list[str]:
     config |= {"model_type": "strange", "auto_map": {"AutoConfig": "evil.Config"}}
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "evil.py").write_text(f"open({str(run / 'ran')!r}, 'w')\nclass Config: pass\n")
-    return [f"model.name_or_path={copy}"]
+    return [f"model.name_or_path={copy}", f"run_dir={run}-2"]
 
 
 @pytest.mark.parametrize(
