@@ -21,10 +21,12 @@ from peftcli.traits import family
 from peftcli.words import allowed_values
 
 ROOT = "config"  # the file of the keys that are in no group
-GROUPS = tuple(
-    f.name for f in dataclasses.fields(settings.Run) if f.type in ("Any", f.name.title())
-)
-TOP_KEYS = {f.name: f for f in dataclasses.fields(settings.Run) if f.name not in GROUPS}
+_FIELDS = dataclasses.fields(settings.Command)
+GROUPS = tuple(f.name for f in _FIELDS if f.type in ("Any", f.name.title()))
+TOP_KEYS = tuple(f.name for f in _FIELDS if f.name not in GROUPS)
+OF_SWEEPS = tuple(f.name for f in _FIELDS if f not in dataclasses.fields(settings.Run))
+RUN_GROUPS = tuple(name for name in GROUPS if name not in OF_SWEEPS)
+RUN_KEYS = tuple(name for name in TOP_KEYS if name not in OF_SWEEPS)
 _LINE = re.compile(
     r"""(?P<key>\w+):\s*
         (?P<value>"(?:[^"\\]|\\.)*" | '[^']*' | \[[^\]]*\] | \{(?:[^{}]|\{[^{}]*\})*\} | [^#]*?)\s*

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -33,9 +34,14 @@ HELP = """\
   eval           measure a run folder's adapter on its held-out examples
   generate       let a run folder's adapter answer: one prompt, a file of them, or a chat
   export         write a run folder's adapter, or the model with it merged in, for other tools
+  table          the table of a paper from run folders and sweeps: seeds, costs, what is missing
+  diff           why two runs have different numbers: keys, data, versions, first step that differs
+  report         one HTML page of many runs: table, curves, costs, differences
+  plot           the figures of a paper: curves, learning rates, costs with the Pareto front
   methods        all methods, or the equation and the options of one
   explain        what a key or a group means, takes, and defaults to
   doctor         versions, hardware, and what is missing
+  sweep-worker   work on a sweep's folder beside others, on any machine that sees it
 
 *Examples*
   peft-train +recipe=lora_llama                                       a whole run, ready to go
@@ -64,12 +70,16 @@ TRAIN_HELP = """\
   +recipe=NAME        a whole run from recipes/NAME.yaml; `peft-train explain recipe` lists them
                       (its method and optimizer keys hold for its own choice of these)
   group=choice        model method quantization dataset trainer optimizer scheduler strategy launch
-                      logger
+                      logger sweep
   key=value           one key: optimizer.lr=1e-4, 'method.target_modules=[q,k,v]'
   ~key  ++key=value   take a key out; set one that may be new
 
 *Flags (Hydra's)*
-  -m, --multirun      every combination of values a,b,c; each run in its own process under multirun/
+  -m, --multirun      every combination of values a,b,c, each run in its own process; in sweep_dir,
+                      by default multirun/NAME/DATE_TIME, where the same line goes on
+  --dry-run           with -m: list the members, which are done, and what the others will cost
+  --retry-failed      with -m: run those that failed again
+  sweep.search=KIND   with -m: random, optuna or de instead; `peft-train explain sweep` tells more
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop
@@ -116,7 +126,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def failed(text: str, code: int) -> int:
-    """Show why a command failed; one of a run's ranks leaves that to the launcher."""
+    """Show why a command failed, in the run's log too; one of a run's ranks leaves the screen to
+    the launcher.
+    """
+    log = logging.getLogger("peftcli")
+    if log.handlers:
+        log.error("error: %s", text)
     if not causes.record(text, code):
         print_error(text)
     return code
@@ -167,8 +182,7 @@ def train(words: list[str]) -> int:
         return 0
     from peftcli import hydra_app
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)  # until the run's own handlers exist
+    stop_on_signals()
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):
         return resume(Path(args.overrides[0]), args.overrides[1:], args.config_dirs)
@@ -176,17 +190,6 @@ def train(words: list[str]) -> int:
 
     def check(cfg: DictConfig) -> None:
         config.typed(cfg, args.config_dirs)
-
-    if args.multirun:
-        if "RANK" in os.environ:
-            raise ConfigError(
-                "a sweep starts the processes of its runs itself: leave torchrun out."
-            )
-        from peftcli.members import Members
-
-        with Members() as members:
-            code = hydra_app.main(args, check, members.start)
-            return members.report() or code
 
     def task(cfg: DictConfig, folder: Path) -> int:
         from peftcli import run
@@ -199,7 +202,26 @@ def train(words: list[str]) -> int:
         cfg = hydra_app.compose(args.overrides, args.config_dirs, name)
         return task(cfg, Path(cfg.run_dir))
 
-    return hydra_app.main(args, check, task)
+    return hydra_app.main(args, check, task, sweep)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    """Every member of a sweep in a process of its own."""
+    if "RANK" in os.environ:
+        raise ConfigError("a sweep starts the processes of its runs itself: leave torchrun out.")
+    from peftcli.sweep import engine
+
+    return engine.main(args)
+
+
+def stop_on_signals() -> None:
+    """Have signals end this process by `KeyboardInterrupt`, until a run's own handlers exist."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _stop)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background jobs have it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a sweep blocks them while it forks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
 
 
 def _stop(number: int, frame: Any) -> NoReturn:
@@ -215,19 +237,36 @@ def resume(folder: Path, overrides: Sequence[str], config_dirs: Sequence[Path]) 
 
 
 def worker(words: list[str]) -> int:
-    """One member of a sweep: train what RUN_DIR/config.yaml says. Hydra is not here."""
-    if len(words) != 1:
-        raise ConfigError("peft-train worker RUN_DIR: one folder.")
+    """One member of a sweep, started by process PARENT: train what RUN_DIR/config.yaml says."""
+    if len(words) != 2:
+        raise ConfigError("peft-train worker RUN_DIR PARENT: a folder and a process.")
+    os.environ[causes.MEMBER] = words[0]
+    end_with_parent(int(words[1]))
     return resume(Path(words[0]), (), ())
+
+
+def sweep_worker(words: list[str]) -> int:
+    """Work on a sweep that exists, beside whoever else does."""
+    parser = Parser(
+        prog="peft-train sweep-worker",
+        description="Work on a sweep's members beside other processes, on any machine that sees "
+        "its folder; ends when all members have ended.",
+    )
+    parser.add_argument("folder", type=Path, metavar="SWEEP_DIR", help="a sweep's folder")
+    parser.add_argument("--jobs", type=positive, help="members at once (sweep.jobs of the line)")
+    parser.add_argument("--stop-file", metavar="NAME", help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    stop_on_signals()
+    from peftcli.sweep import engine
+
+    return engine.join(args.folder, args.jobs, args.stop_file)
 
 
 def rank(words: list[str]) -> int:
     """One process of a run that our launcher started: train what the file says."""
     if len(words) != 1:
         raise ConfigError("peft-train rank CONFIG_FILE: one file.")
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
-    end_with_parent()
+    end_with_parent(os.getppid())
     from omegaconf import OmegaConf
 
     from peftcli import config, run
@@ -236,10 +275,15 @@ def rank(words: list[str]) -> int:
     return run.train(config.typed(cfg), cfg)
 
 
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM, after which a run saves and stops, when the launcher dies."""
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM, after which a run saves and stops, when the process that
+    started this one dies; raises `KeyboardInterrupt` where it is gone already.
+    """
+    stop_on_signals()
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != parent:
+        raise KeyboardInterrupt
 
 
 # -- Verbs on a run folder or on a configuration ---------------------------------------------------
@@ -434,6 +478,35 @@ TRAITS = {
 }
 
 
+# -- Results ---------------------------------------------------------------------------------------
+def table(words: list[str]) -> int:
+    """Numbers of many runs side by side."""
+    from peftcli.tables import verbs
+
+    return verbs.table(words)
+
+
+def diff(words: list[str]) -> int:
+    """Why two runs differ."""
+    from peftcli.tables import verbs
+
+    return verbs.diff(words)
+
+
+def report(words: list[str]) -> int:
+    """One HTML page about many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.report(words)
+
+
+def plot(words: list[str]) -> int:
+    """Figures of many runs."""
+    from peftcli.tables import verbs
+
+    return verbs.plot(words)
+
+
 # -- Documentation ---------------------------------------------------------------------------------
 def methods(words: list[str]) -> int:
     """All methods, or one."""
@@ -512,9 +585,14 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "generate": generate,
     "export": export,
+    "table": table,
+    "diff": diff,
+    "report": report,
+    "plot": plot,
     "methods": methods,
     "explain": explain,
     "doctor": doctor,
     "worker": worker,
+    "sweep-worker": sweep_worker,
     "rank": rank,
 }

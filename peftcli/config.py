@@ -81,7 +81,7 @@ def typed(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Run:
     check = Check(resolved(cfg), list(config_dirs))
     wrong: list[str] = []
     values: dict[str, Any] = {}
-    for part in ("", *cards.GROUPS):
+    for part in ("", *cards.RUN_GROUPS):
         try:
             values |= check.group(part) if part else check.top()
         except ConfigError as e:
@@ -89,6 +89,16 @@ def typed(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Run:
     if wrong:
         raise ConfigError("\n".join(wrong))
     return settings.Run(**values)
+
+
+def sweep_of(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Sweep:
+    """The checked group `sweep` of a composed configuration; a primary file without one means the
+    defaults.
+    """
+    group = OmegaConf.to_container(cfg.sweep, resolve=True) if "sweep" in cfg else None
+    if group is None:
+        return settings.Sweep()
+    return Check({"sweep": group}, list(config_dirs)).group("sweep")["sweep"]
 
 
 def method_of(values: Mapping[str, Any]) -> Any:
@@ -133,7 +143,7 @@ class Check:
 
     def top(self) -> dict[str, Any]:
         """The keys outside of groups."""
-        values = {name: self.tree[name] for name in cards.TOP_KEYS}
+        values = {name: self.tree[name] for name in cards.RUN_KEYS}
         self.values("", _top(), values)
         if not NAME.fullmatch(values["name"]):
             raise ConfigError(
@@ -157,7 +167,7 @@ class Check:
             )
         if group == "optimizer":
             return {group: self.optimizer(target, values)}
-        base = settings.Run.__annotations__[group] != "Any" and _hints(settings.Run)[group]
+        base = None if group == "method" else _hints(settings.Command)[group]
         cls = self.target(
             group, target, ("peftcli.",) if base else ("peftcli.methods.",), base or None
         )
@@ -323,7 +333,7 @@ class Check:
 def _top() -> type:
     """The keys of `Run` outside of groups, as a dataclass."""
     hints = _hints(settings.Run)
-    return dataclasses.make_dataclass("Top", [(name, hints[name]) for name in cards.TOP_KEYS])
+    return dataclasses.make_dataclass("Top", [(name, hints[name]) for name in cards.RUN_KEYS])
 
 
 @cache

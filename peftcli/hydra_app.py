@@ -150,18 +150,20 @@ def compose(
     overrides: Sequence[str], config_dirs: Sequence[Path] = (), name: str = cards.ROOT
 ) -> DictConfig:
     """What `overrides` make of the primary file: interpolations kept, Hydra's own part left out."""
+    refuse_sweep_words(overrides)
     with our_words(overrides, config_dirs):
         setup_globals()
         cfg = open_hydra(config_dirs).compose_config(
             config_name=name, overrides=normalised(overrides, config_dirs), run_mode=RunMode.RUN
         )
-        return _own_part(cfg)
+        return own_part(cfg)
 
 
 def override(
     cfg: DictConfig, overrides: Sequence[str], config_dirs: Sequence[Path] = ()
 ) -> DictConfig:
     """Put values and whole groups (`dataset=tweets`) over a configuration that exists."""
+    refuse_sweep_words(overrides)
     with our_words(overrides, config_dirs, cfg):
         setup_globals()
         hydra = open_hydra(config_dirs)
@@ -173,7 +175,7 @@ def override(
             )
         if groups:
             lines = [str(o.input_line) for o in groups]
-            fresh = _own_part(
+            fresh = own_part(
                 hydra.compose_config(config_name=cards.ROOT, overrides=lines, run_mode=RunMode.RUN)
             )
             for group in groups:
@@ -199,10 +201,23 @@ def normalised(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[st
     return result
 
 
-def _own_part(cfg: DictConfig) -> DictConfig:
+def own_part(cfg: DictConfig) -> DictConfig:
+    """What is of the run: without Hydra's own part and without the sweep's."""
+    return _without(cfg, "hydra", *cards.OF_SWEEPS)
+
+
+def _without(cfg: DictConfig, *keys: str) -> DictConfig:
     with read_write(cfg), open_dict(cfg):
-        cfg.pop("hydra")
+        for key in keys:
+            cfg.pop(key, None)
     return cfg
+
+
+def refuse_sweep_words(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for a word about a sweep where there is none."""
+    for line in overrides:
+        if re.match(rf"[+~]*({'|'.join(cards.OF_SWEEPS)})\b", line):
+            raise ConfigError(f"{line}: is about a sweep, which -m starts; this is one run.")
 
 
 # -- The command line that Hydra users know --------------------------------------------------------
@@ -210,6 +225,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Hydra's flags and the overrides, wherever they stand."""
     parser = get_args_parser()
     parser.exit_on_error, parser.allow_abbrev = False, False
+    parser.add_argument("--dry-run", action="store_true", help="list a sweep's members")
+    parser.add_argument("--retry-failed", action="store_true", help="run failed members again")
     try:
         found, rest = parser.parse_known_args(list(arguments))
     except argparse.ArgumentError as e:
@@ -224,8 +241,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Task) -> int:
-    """Do what the flags ask: show, complete, or run `task`, once or for every member of a sweep.
+def main(
+    args: argparse.Namespace,
+    check: Callable[[DictConfig], Any],
+    task: Task,
+    sweep: Callable[[argparse.Namespace], int],
+) -> int:
+    """Do what the flags ask: show, complete, run `task`, or start a `sweep`.
 
     `check` refuses the configuration of a single run before anything is written.
     """
@@ -244,6 +266,10 @@ def main(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Tas
         )
     if args.resolve and not args.cfg:
         raise ConfigError("--resolve goes with --cfg.")
+    if (args.dry_run or args.retry_failed) and not args.multirun:
+        raise ConfigError("--dry-run and --retry-failed go with -m.")
+    if args.multirun:
+        return sweep(args)
     try:
         return _obey(args, check, task)
     except TaskFailed as envelope:
@@ -262,8 +288,6 @@ def _obey(args: argparse.Namespace, check: Callable[[DictConfig], Any], task: Ta
         elif args.info:
             with raising():
                 hydra.show_info(args.info, config_name=name, overrides=overrides)
-        elif args.multirun:
-            return _multirun(hydra, name, overrides, task)
         else:
             return _run(hydra, name, overrides, check, task)
     return 0
@@ -286,9 +310,11 @@ def _run(
     hydra: Hydra, name: str, overrides: list[str], check: Callable[[DictConfig], Any], task: Task
 ) -> int:
     """`Hydra.run`, but the configuration is checked before the run folder is touched."""
+    refuse_sweep_words(overrides)
     cfg = hydra.compose_config(name, [*overrides, "hydra.mode=RUN"], RunMode.RUN)
     HydraConfig.instance().set_config(cfg)  # for `hydra:` interpolations
-    check(_own_part(cfg.copy()))
+    check(own_part(cfg.copy()))
+    _without(cfg, *cards.OF_SWEEPS)
     written = Path(cfg.hydra.run.dir, cfg.hydra.output_subdir or "", "config.yaml")
     if written.exists() and cfg.get("resume") != "never":
         with read_write(cfg.hydra):
@@ -317,17 +343,6 @@ def _make_folder(folder: Path) -> None:
         raise ConfigError(
             f"run_dir={folder}: cannot be made ({e.strerror}). Choose another run_dir."
         ) from None
-
-
-def _multirun(hydra: Hydra, name: str, overrides: list[str], task: Task) -> int:
-    """Hydra's sweep; the task starts a process of its own for every member."""
-    if any(line.startswith("run_dir=") for line in overrides):
-        raise ConfigError(
-            "run_dir is the folder of one run. Members of a sweep lie in hydra.sweep.dir=FOLDER."
-        )
-    overrides = [*overrides, "hydra.mode=MULTIRUN"]
-    results = hydra.multirun(config_name=name, task_function=_in_folder(task), overrides=overrides)
-    return max((job.return_value for batch in results for job in batch), default=0)
 
 
 def _in_folder(task: Task) -> Callable[[DictConfig], int]:

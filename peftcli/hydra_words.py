@@ -18,7 +18,7 @@ from peftcli.suggest import nearest_keys
 
 VERBS = (
     *("train", "check", "eval", "generate", "export", "verify-resume"),  # take overrides
-    *("methods", "explain", "doctor"),
+    *("methods", "explain", "doctor", "table", "diff", "report", "plot"),
 )
 
 

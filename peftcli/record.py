@@ -5,7 +5,6 @@ fair table needs.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import platform
 from datetime import UTC, datetime
@@ -13,22 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftcli import __version__
 from peftcli.build import Parts
 from peftcli.models.source import cache_dir, fingerprint
 from peftcli.train import device, objective
 from peftcli.train.loop import Progress
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "safetensors",
-    "tokenizers",
-    "hydra-core",
-    "bitsandbytes",
-)
+from peftcli.versions import versions
 
 
 def make_result(
@@ -92,17 +80,6 @@ def make_result(
             },
         },
     }
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that decide numbers, those that are installed."""
-    installed = {"peftcli": __version__}
-    for name in PACKAGES:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return installed
 
 
 def digest(config: Any) -> str:

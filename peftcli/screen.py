@@ -50,6 +50,14 @@ def log_to(path: Path) -> None:
     log.propagate = False
 
 
+def renew() -> None:
+    """Have a console of this process, which has other streams than the one that it was forked
+    from.
+    """
+    global console
+    console = Console(stderr=True, highlight=False)
+
+
 def say(text: str, style: str = "") -> None:
     """One line for the person and for the log."""
     console.print(Text(text, style=style))

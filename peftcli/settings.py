@@ -87,6 +87,9 @@ class Dataset:
         0.05  # part of `path` held out, where no eval_path is given
     )
     eval_samples: Annotated[int, Ge(0)] | None = None  # this many held out instead
+    eval_part: Literal["all", "tuning", "report"] = (
+        "all"  # of what is held out, one of two fixed halves: to choose by, or to report
+    )
     seed: int = 0  # of the split and of the mixture; not of the run
     max_length: Positive = 1024  # tokens of one example
     on_overlong: Literal["error", "drop", "truncate"] = "error"
@@ -234,3 +237,61 @@ class Run:
     strategy: Strategy
     launch: Launch
     logger: Logger
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How the members of a sweep (`-m`) are run, and which are tried, counted and stopped."""
+
+    jobs: Literal["auto"] | Positive = (
+        "auto"  # members at once on this machine; auto: one a GPU, or one
+    )
+    timeout: Annotated[float, Gt(0.0)] | None = (
+        None  # seconds that one start of a member may take; None: any
+    )
+    max_failures: Positive | None = None  # once so many have failed no member is started; None: any
+    stale_after: Annotated[float, Ge(2.0)] = (
+        120.0  # seconds without a sign after which a process on another machine counts as dead
+    )
+    launcher: Literal["local", "joblib", "ray", "submitit"] = (
+        "local"  # who starts the processes that work on the sweep; local: this one works
+    )
+    workers: Positive = 1  # processes that another launcher starts, each with its own `jobs`
+    launcher_options: dict[str, Any] = field(default_factory=dict)  # arguments of that launcher
+    search: Literal["grid", "random", "optuna", "de"] = (
+        "grid"  # optuna: its TPE, of the extra `optuna`; de: differential evolution
+    )
+    trials: Positive | None = None  # settings tried of each `compare`; None: all, or 20 of no end
+    search_seed: int = 0  # of what is drawn
+    metric: str | tuple[str, ...] = "auto"  # auto: accuracy, pearson or loss; several: a front
+    direction: Literal["auto", "maximize", "minimize"] = "auto"  # auto: as the metric is known
+    compare: tuple[str, ...] = (
+        "recipe",
+        "method",
+        "model",
+        "dataset",
+        "quantization",
+    )  # swept keys whose values are tuned apart, with equal budgets
+    tuning_seeds: tuple[int, ...] = ()  # a setting counts by its mean over these
+    test_seeds: tuple[int, ...] = ()  # the best setting is run on these, and reported
+    seed_order: Literal["all", "rungs", "race"] = (
+        "all"  # rungs: 1 seed, 3 for the better half, 5 for its; race: until 2 errors behind
+    )
+    budget_seconds: Annotated[float, Gt(0.0)] | None = None  # of runs, for each `compare`
+    budget_tokens: Annotated[float, Gt(0.0)] | None = None  # trained on, for each `compare`
+    lr_scale: dict[str, Annotated[float, Gt(0.0)]] = field(
+        default_factory=dict
+    )  # method or its family: factor on the optimizer.lr that is swept
+    prune: Literal["none", "median", "predict"] = "none"  # stop runs that will not be the best
+    prune_after: Positive = 5  # finished runs before any is stopped; predict: 20 at least
+    prune_from: Fraction = 0.2  # part of a run's steps before it may be stopped
+
+
+@dataclass(frozen=True)
+class Command(Run):
+    """What a line composes: a run, and what it says of a sweep, which no run's configuration
+    holds.
+    """
+
+    sweep_dir: str
+    sweep: Sweep

@@ -37,7 +37,7 @@ def allowed_values(group: str, target: str) -> dict[str, str]:
     """In words, what each field of the class `target` may hold; nothing for libraries' classes."""
     if group == "method":
         return _of_source(target)
-    ours = {"": settings.Run, "optimizer": settings.Optimizer}
+    ours = {"": settings.Command, "optimizer": settings.Optimizer}
     cls: Any = ours.get(group) or getattr(settings, target.rpartition(".")[2], None)
     if not dataclasses.is_dataclass(cls):
         return {}

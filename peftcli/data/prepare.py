@@ -5,7 +5,8 @@ What is drawn: each source is split by itself (see `split`), then the training s
 the held-out sides too. The weights of a mixture are relative numbers of examples; no example is
 used twice. Without `train_samples` or `eval_samples` a mixture is as large as its weights allow, so
 it ends where the first source runs short; asking for more is an error that names the largest
-number. Held-out examples that are not drawn are not trained on either.
+number. Held-out examples that are not drawn are not trained on either, nor is the half of them that
+`eval_part` leaves out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from peftcli.data.examples import Arrays, Data, Examples
 from peftcli.data.parts import Part, find_parts, read_records
 from peftcli.data.records import Labelled, Picture, Record, class_names
 from peftcli.data.render import Renderer
-from peftcli.data.split import Sides, draw, hold_out, shares, smallest, without
+from peftcli.data.split import Sides, draw, half, hold_out, shares, smallest, without
 from peftcli.errors import DataError
 from peftcli.settings import Dataset, Task
 
@@ -178,7 +179,13 @@ def _sides(cfg: Dataset, task: Task, parts: Sequence[Part], stats: dict[str, Any
         stats["notes"].append(
             f"No row fell into dataset.eval_fraction={cfg.eval_fraction}: there is no evaluation."
         )
-    return Sides(train, held_out)
+    evaluated = half(held_out, cfg.eval_part)
+    if held_out and not evaluated:
+        raise DataError(
+            f"dataset.eval_part={cfg.eval_part}: none of the {len(held_out)} held-out examples is "
+            "in this half. Hold out more of them by dataset.eval_samples."
+        )
+    return Sides(train, evaluated)
 
 
 def _split(part: Part, task: Task, quota: int | None, stats: dict[str, Any]) -> Sides:

@@ -3,7 +3,7 @@
 With `eval_fraction` a row's side depends on its own content and `dataset.seed` alone, so adding
 rows moves no other. With `eval_samples` the rows with the smallest hashes are held out: a new row
 may displace one of them, and nothing ever moves from training to evaluation. Rows with the same key
-(see `formats`) are never on both sides.
+(see `formats`) are never on both sides, nor in both halves of what is held out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from peftcli.data.records import Record
 from peftcli.errors import DataError
@@ -48,6 +48,15 @@ def hold_out(records: Sequence[Record], fraction: float, samples: int | None, se
         return Sides(train, [r for r, h in zip(records, hashes, strict=True) if h < limit])
     held_out = smallest(records, samples, seed)
     return Sides(without(records, held_out), held_out)
+
+
+def half(records: Sequence[Record], part: Literal["all", "tuning", "report"]) -> list[Record]:
+    """All records, or one of two halves: which is told by a record's key alone, so that no setting
+    moves an example from the half that is tuned on to the one that is reported.
+    """
+    if part == "all":
+        return list(records)
+    return [r for r in records if order(r, 0) % 2 == (part == "report")]
 
 
 def without(records: Sequence[Record], held_out: Sequence[Record]) -> list[Record]:

@@ -1,5 +1,6 @@
-"""Why a run of several processes ended: every rank writes down its first exception, and the
-launcher shows the earliest once.
+"""Why a run ended, written down by its process for the one that started it. Every rank of a run
+leaves its first exception, and the launcher shows the earliest once; a member of a sweep leaves
+what ended it in its folder.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "PEFTCLI_CAUSES"  # in the environment of ranks that our launcher started
+MEMBER = "PEFTCLI_MEMBER"  # in that of a sweep's member: its run folder
 TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # in that of all ranks that torch's agents started
+OF_MEMBER = "cause.json"
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,11 @@ def record(text: str, exit_code: int) -> bool:
     """Write down why this process ends; False where it is no rank, or nobody would show it."""
     rank = os.environ.get("RANK")
     folder, torchruns = os.environ.get(FOLDER), os.environ.get(TORCHRUN)
+    cause = Cause(int(rank or 0), text, exit_code, time.time())
     if rank is None:
+        if member := os.environ.get(MEMBER):
+            _write(Path(member) / OF_MEMBER, asdict(cause))
         return False
-    cause = Cause(int(rank), text, exit_code, time.time())
     if torchruns:
         _write(Path(torchruns), {"message": text, "timestamp": str(int(cause.time))})
     if folder:
@@ -59,6 +64,19 @@ def first(folder: Path, exit_codes: Mapping[int, int]) -> Cause:
         return min(causes, key=lambda cause: cause.time)
     rank, code = next(iter(exit_codes.items()))
     return Cause(rank, f"rank {rank} ended with exit code {code} and left no word.", code, 0.0)
+
+
+def of_member(folder: Path) -> Cause | None:
+    """What ended the member of this run folder at its last start; None where it left no word."""
+    try:
+        return Cause(**json.loads((folder / OF_MEMBER).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def forget(folder: Path) -> None:
+    """Before another start."""
+    (folder / OF_MEMBER).unlink(missing_ok=True)
 
 
 def _killed(rank: int, number: int) -> str:

@@ -46,24 +46,28 @@ class MAM(Method):
     ffn_scale: float | Literal["learned"] = 4.0
     ffn_init: Literal["lora", "bert"] = "lora"
 
+    @property
+    def _prefix(self) -> PrefixTuning:
+        return PrefixTuning(
+            prefix_length=self.prefix_length,
+            prefix_projection=self.prefix_mlp,
+            mid_dim=self.prefix_mid_dim,
+            prefix_dropout=self.prefix_dropout,
+            position_offset="zero",
+        )
+
+    @property
+    def _ffn(self) -> ParallelAdapter:
+        return ParallelAdapter(ffn_r=self.ffn_r, ffn_scale=self.ffn_scale, ffn_init=self.ffn_init)
+
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Both parts, under one name."""
         if not self.prefix_length and not self.ffn_r:
             raise ConfigError("method.prefix_length=0 and method.ffn_r=0 leave nothing to train.")
         if self.prefix_length:
-            prefix = PrefixTuning(
-                prefix_length=self.prefix_length,
-                prefix_projection=self.prefix_mlp,
-                mid_dim=self.prefix_mid_dim,
-                prefix_dropout=self.prefix_dropout,
-                position_offset="zero",
-            )
-            graft_prefix(host, prefix, data)
+            graft_prefix(host, self._prefix, data)
         if self.ffn_r:
-            ffn = ParallelAdapter(
-                ffn_r=self.ffn_r, ffn_scale=self.ffn_scale, ffn_init=self.ffn_init
-            )
-            ffn.setup(host, data)
+            self._ffn.setup(host, data)
 
     def finish(self, host: Host) -> None:
         """Fold the map: what is kept of the prefix are P_k and P_v."""

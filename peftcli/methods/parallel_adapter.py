@@ -27,7 +27,7 @@ of heads are taken before rotary positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -129,6 +129,7 @@ class ParallelAdapter(Method):
     attn_r: Annotated[int, Ge(1)] = 200
     attn_before_out_proj: bool = True
     pre_ln_input: bool = False
+    leave_out: tuple[Annotated[int, Ge(0)], ...] = ()
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """One entry for each feed-forward part and one for each attention."""
@@ -137,12 +138,13 @@ class ParallelAdapter(Method):
         )
         if not kinds and self.attn_kind != "concat":
             raise ConfigError("method.ffn_r=0 and method.attn_kind=none leave nothing to train.")
-        subs = places(host, kinds, ()) if kinds else []
+        subs = places(host, kinds, self.leave_out) if kinds else []
         queries = self._queries(host) if self.attn_kind in HEADS else []
         made = [self._entry(host, sub, queries) for sub in subs]
         lent: dict[str, tuple[Site, list[LentDelta]]] = {}
         if self.attn_kind == "concat":
-            graft_prefix(host, direct_prefix(self.attn_r), data)
+            prefix = replace(direct_prefix(self.attn_r), leave_out=self.leave_out)
+            graft_prefix(host, prefix, data)
         for sub, (site, delta) in zip(subs, made, strict=True):
             host.graft(site, delta)
             if isinstance(delta, LentDelta):

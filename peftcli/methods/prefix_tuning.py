@@ -23,7 +23,7 @@ each takes a share exp(0) of the softmax.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -140,10 +140,11 @@ class PrefixTuning(Method):
     init: Literal["normal", "zero", "activations"] = "normal"
     init_text: str = ""
     position_offset: Literal["prefix", "zero"] = "prefix"
+    leave_out: tuple[Annotated[int, Ge(0)], ...] = ()
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """One prefix for each kind of attention, a delta on each attention module."""
-        cores = _cores(host)
+        cores = _cores(host, self.leave_out)
         held = None
         if self.init == "activations" and data is not None:
             held = self._activations(host, data)
@@ -209,6 +210,8 @@ class PrefixTuning(Method):
             return "peft has one prefix for an encoder-decoder, not three"
         if not _takes(host.model, "position_ids"):
             return "peft's prefix is a cache, which this model does not take"
+        if self.leave_out:
+            return "peft's prefix is in every layer"
         return "peft counts the prefix in positions" if self.position_offset == "zero" else None
 
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:
@@ -269,9 +272,9 @@ def _fit(encoders: nn.Module, deltas: list[PrefixDelta], tables: list[Tensor]) -
     optimizer.zero_grad()
 
 
-def _cores(host: Host) -> dict[str, list[Site]]:
-    """Attention modules by the kind of their prefix; a site's width is that of its keys. Raises
-    `NotApplicable` where the attention does not ask the registry.
+def _cores(host: Host, leave_out: Collection[int]) -> dict[str, list[Site]]:
+    """Attention modules outside the layers left out, by the kind of their prefix; a site's width is
+    that of its keys. Raises `NotApplicable` where the attention does not ask the registry.
     """
     model, layout = host.model, host.layout
     if not is_registered(model):
@@ -281,6 +284,9 @@ def _cores(host: Host) -> dict[str, list[Site]]:
         )
     towers = {path: layout.tower_of(path) for path in layout.attention_cores}
     held = [p for p, tower in towers.items() if tower == "text"] or list(towers)
+    held = [p for p in held if layout.block_of(p) not in leave_out]
+    if leave_out and not held:
+        raise NotApplicable(f"method.leave_out={list(leave_out)} leaves no layer for a prefix.")
     widths = {role: _widths(host, role) for role in ("k", "v")}
     if not held or any(p not in w for w in widths.values() for p in held):
         raise NotApplicable(

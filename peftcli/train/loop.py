@@ -31,7 +31,7 @@ from peftcli.dist.ranks import Ranks
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.settings import Task, Trainer
-from peftcli.train import checkpoint, device, metrics, objective, optim, rehearsal, streams
+from peftcli.train import better, checkpoint, device, objective, optim, rehearsal, streams
 from peftcli.train.evaluate import Indexed
 from peftcli.train.finite import not_finite
 from peftcli.train.folder import Log, RunFolder, write_json
@@ -314,14 +314,14 @@ class Loop:
             self._keep_if_best(values)
 
     def _keep_if_best(self, values: dict[str, float]) -> None:
-        name = metrics.choose_best(self.settings.metric_for_best, self.task, values)
+        name = better.choose_best(self.settings.metric_for_best, self.task, values)
         if name not in values:
             raise ConfigError(
                 f"trainer.metric_for_best={name}: the evaluation gave no such metric, only "
                 f"{sorted(values)}."
             )
         best = self.progress.best
-        if not best or metrics.is_better(name, values[name], best["value"]):
+        if not best or better.is_better(name, values[name], best["value"]):
             self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
             if self.settings.eval_steps is not None and self.ranks.is_main:
                 self.publish(self.folder.best, values)

@@ -13,10 +13,7 @@ from torch import Tensor
 from peftcli.data.collate import Batch, Choice
 from peftcli.settings import Task
 
-BEST = {"causal_lm": "loss", "seq2seq": "loss", "regression": "pearson"}  # others: accuracy
 ALONE: dict[str, Any] = {"sync_on_compute": False}  # every rank has all examples already
-LOWER_IS_BETTER = {"loss", "perplexity", "mse"}
-
 
 Part = dict[str, Any]  # what a batch adds to the metrics, in plain numbers
 
@@ -112,16 +109,3 @@ def _classification_metrics(answers: list[tuple[int, int]]) -> dict[str, float]:
 def _number(stream: Any) -> float:
     """A float32 result with the digits that it has."""
     return float(f"{stream.compute().item():.7g}")
-
-
-def choose_best(name: str, task: Task, metrics: dict[str, float]) -> str:
-    """The metric that tells the best step: the user's, or accuracy, pearson or loss by the task."""
-    if name != "auto":
-        return name
-    default = "accuracy" if "accuracy" in metrics else BEST.get(task, "accuracy")
-    return default if default in metrics else "loss"
-
-
-def is_better(name: str, new: float, old: float) -> bool:
-    """Whether `new` is better than `old` in the metric `name`."""
-    return new < old if name in LOWER_IS_BETTER else new > old

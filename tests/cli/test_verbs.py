@@ -229,7 +229,9 @@ WRONG = {
     "export without a place": (["export", "."], ["--output"]),
     "a strange export": (["export", ".", "--to", "onnx", "--output", "x"], ["onnx", "merged"]),
     "no new tokens": (["generate", "--prompt", "x", "--max-new-tokens", "0"], ["from 1"]),
-    "a run folder for a sweep": (["-m", "seed=0,1", "run_dir=x"], ["hydra.sweep.dir"]),
+    "a run folder for a sweep": (["-m", "seed=0,1", "run_dir=x"], ["sweep_dir"]),
+    "a sweep's key for one run": (["sweep.jobs=2"], ["sweep.jobs=2", "-m"]),
+    "a sweep's flag for one run": (["--dry-run"], ["-m"]),
 }
 
 

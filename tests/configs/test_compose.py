@@ -27,7 +27,7 @@ def test_every_recipe_is_a_checked_run_of_its_name(recipe: str) -> None:
     assert any(line.startswith(f"#   peft-train +recipe={recipe}") for line in header)
 
 
-@pytest.mark.parametrize("group", cards.GROUPS)
+@pytest.mark.parametrize("group", cards.RUN_GROUPS)
 def test_every_choice_of_a_group_composes(group: str) -> None:
     for choice in folders.choices(group):
         cfg = config.compose([f"{group}={choice}", *GIVEN])

@@ -26,6 +26,7 @@ DIFFERS = {
     "quantization/int8": {"name"},
     "strategy/ddp": {"name"},
     "strategy/fsdp": {"name"},
+    "sweep/scaled": {"lr_scale"},
     "logger/tensorboard": {"name"},
     "logger/wandb": {"name"},
 }
@@ -104,10 +105,14 @@ def test_the_primary_file_holds_every_key_outside_of_groups_and_a_choice_of_ever
         assert chosen[group] in folders.choices(group)
 
 
-def test_groups_are_the_fields_of_a_run() -> None:
-    assert (*cards.TOP_KEYS, *cards.GROUPS) == tuple(
+def test_groups_are_the_fields_of_a_run_and_of_a_sweep() -> None:
+    assert (*cards.RUN_KEYS, *cards.RUN_GROUPS) == tuple(
         f.name for f in dataclasses.fields(settings.Run)
     )
+    assert {*cards.TOP_KEYS, *cards.GROUPS} == {
+        f.name for f in dataclasses.fields(settings.Command)
+    }
+    assert cards.OF_SWEEPS == ("sweep_dir", "sweep")
     assert sorted(p.name for p in FOLDER.iterdir() if p.is_dir()) == sorted(cards.GROUPS)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from peftcli.data.records import Record, Text
-from peftcli.data.split import hold_out, largest_total, shares, without
+from peftcli.data.split import half, hold_out, largest_total, shares, without
 from peftcli.errors import ConfigError, DataError
 from peftcli.settings import Source
 from tests.data.conftest import Files, Prepare
@@ -60,6 +60,17 @@ def test_a_fraction_is_about_that_part_and_the_seed_changes_it() -> None:
     first, second = (hold_out(records(TEXTS), 0.25, None, seed) for seed in (0, 1))
     assert 35 < len(first.held_out) < 65
     assert keys(first.held_out) != keys(second.held_out)
+
+
+def test_two_halves_have_nothing_in_common_whatever_the_seed_of_the_split() -> None:
+    texts = [f"row {i}" for i in range(400)] * 2
+    tuning, report = (half(records(texts), part) for part in ("tuning", "report"))
+    assert not keys(tuning) & keys(report)
+    assert len(tuning) + len(report) == len(half(records(texts), "all")) == 800
+    assert 300 < len(tuning) < 500
+    for seed in (0, 1):
+        held_out = hold_out(records(texts), 0.5, None, seed).held_out
+        assert keys(half(held_out, "tuning")) <= keys(tuning)
 
 
 def test_held_out_rows_from_elsewhere_leave_the_training_side() -> None:

@@ -16,6 +16,7 @@ RECIPES = sorted(p.stem for p in (Path(__file__).parents[2] / "recipes").glob("*
 MODEL = {
     "lora_llama": "llama",
     "lora_llama_chat": "llama",
+    "autopeft_minilm": "bert",
     "lora_minilm": "bert",
     "full_minilm": "bert",
     "lora_t5": "t5",

@@ -1,0 +1,136 @@
+"""A search at work in a sweep folder: what it asks of the ledger, and what it says at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftcli import folders
+from peftcli.errors import ConfigError, did_you_mean
+from peftcli.screen import grid, say
+from peftcli.settings import Sweep
+from peftcli.sweep import incumbent, pruning, report
+from peftcli.sweep.ledger import Ledger, Member
+from peftcli.sweep.objective import Objective
+from peftcli.sweep.protocol import Study
+from peftcli.sweep.space import Point, Space
+from peftcli.train.folder import write_json
+from peftcli.traits import family
+
+FILE = "protocol.json"
+
+
+@dataclass
+class Searching:
+    """A study and the folder's state as far as it was read; the state is a cache and no more."""
+
+    study: Study
+    given: Sequence[str]  # the line
+    sizes: dict[str, int] = field(default_factory=dict)  # of what running members have written
+    curves: dict[str, pruning.Curve] = field(default_factory=dict)  # of finished members
+
+    @property
+    def proposes(self) -> bool:
+        """Whether members are planned while the sweep runs."""
+        return self.study.sweep.search != "grid" or bool(self.study.sweep.tuning_seeds)
+
+    @property
+    def example(self) -> Point:
+        """The settings of one of its runs."""
+        cell = self.study.cells[0]
+        return (*cell.fixed, *cell.space.at([0.0] * len(cell.space.dimensions)))
+
+    def propose(self, ledger: Ledger) -> list[Point]:
+        """Members to plan now. Under the folder's lock."""
+        return incumbent.propose(self.study, ledger.folder, ledger.trials())
+
+    def require_own_folder(self, ledger: Ledger) -> None:
+        """Refuse a folder in which another search was tested."""
+        incumbent.frozen_for(self.study, ledger.folder)
+
+    def to_come(self, ledger: Ledger) -> list[Point]:
+        """Members planned so far, and the tuning runs that would be planned next."""
+        planned = [m.overrides for m in ledger.members()]
+        return [*planned, *self.study.to_tune(self.study.tuned(ledger.trials()))]
+
+    def hopeless(self, ledger: Ledger, member: Member) -> str | None:
+        """Why a running member need not go on; looked at when it has written something."""
+        sweep, run_dir = self.study.sweep, ledger.run_dir(member.id)
+        if sweep.prune == "none" or not self._has_news(member, run_dir):
+            return None
+        cell = self.study.cell_of(member.overrides)
+        if cell is None:
+            return None
+        goal = self.study.objective(ledger.trials())
+        curve = pruning.read_curve(run_dir, goal)
+        finished = [
+            self._curve(other, ledger.run_dir(other.id), goal)
+            for other in ledger.members()
+            if other.state == "done" and self.study.cell_of(other.overrides) == cell
+        ]
+        return pruning.hopeless(sweep, goal, member.overrides, curve, finished)
+
+    def report(self, ledger: Ledger) -> None:
+        """Say what came out; write the protocol's record once the test runs have ended."""
+        trials = ledger.trials()
+        if self.study.sweep.prune != "none":
+            self._report_pruning(ledger)
+        if found := report.results(self.study, ledger.folder, trials):
+            grid("reported", report.HEADER, report.rows(found))
+            record = report.checklist(self.study, ledger.folder, trials, self.given)
+            write_json(ledger.folder / FILE, record)
+        elif self.proposes and (rows := report.best_so_far(self.study, trials)):
+            grid("best in tuning", ("setting", "mean", "seeds", "of settings"), rows)
+
+    def _report_pruning(self, ledger: Ledger) -> None:
+        """What the rule did, and what it would have done to the controls."""
+        goal, members = self.study.objective(ledger.trials()), ledger.members()
+        totals = [0, 0, 0]
+        for cell in self.study.cells:
+            curves = {
+                m.overrides: self._curve(m, ledger.run_dir(m.id), goal)
+                for m in members
+                if m.state == "done" and self.study.cell_of(m.overrides) == cell
+            }
+            found = pruning.wrong_stops(self.study.sweep, goal, curves)
+            totals = [a + b for a, b in zip(totals, found, strict=True)]
+        pruned = sum(m.state == "pruned" for m in members)
+        controls, stopped, wrong = totals
+        say(
+            f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped; of "
+            f"{controls} controls it would have stopped {stopped}, the best among them "
+            f"{wrong} time{'s'[: wrong != 1]}"
+        )
+
+    def _has_news(self, member: Member, run_dir: Path) -> bool:
+        path = run_dir / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size == self.sizes.get(member.id, 0):
+            return False
+        self.sizes[member.id] = size
+        return True
+
+    def _curve(self, member: Member, run_dir: Path, goal: Objective) -> pruning.Curve:
+        if member.id not in self.curves:
+            self.curves[member.id] = pruning.read_curve(run_dir, goal)
+        return self.curves[member.id]
+
+
+def searching(
+    sweep: Sweep, space: Space, given: Sequence[str], config_dirs: Sequence[Path]
+) -> Searching:
+    """The search that a line asks for.
+
+    Raises:
+        ConfigError: its keys do not go together.
+    """
+    families = {name: family(t) for name, t in folders.targets("method", config_dirs).items()}
+    known = {*families, *families.values()}
+    for name in sweep.lr_scale:
+        if name not in known:
+            raise ConfigError(
+                f"sweep.lr_scale.{name}: is no method and no family of methods."
+                f"{did_you_mean(name, known)} `peft-train methods` lists them."
+            )
+    return Searching(Study(sweep, space, lambda method: families.get(method, "")), given)

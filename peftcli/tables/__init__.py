@@ -1,0 +1,1 @@
+"""Tables, differences, plots and reports from run folders. Nothing here imports torch."""

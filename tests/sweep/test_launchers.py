@@ -1,0 +1,38 @@
+"""Other engines start workers, which divide a sweep among themselves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftcli.errors import ConfigError
+from peftcli.sweep import launchers
+from tests.sweep import quick
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("joblib", {}), ("submitit", {"cluster": "local", "timeout_min": 2})]
+)
+def test_workers_of_a_launcher_do_each_member_once(
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    monkeypatch.chdir(ROOT)
+    ledger = quick.planned(tmp_path / "s", [f"m{i}=0.1" for i in range(6)])
+    command = [sys.executable, "-m", "tests.sweep.quick", str(ledger.folder)]
+    follower = launchers.Follower(ledger, None)
+    assert launchers.LAUNCHERS[name](command, 2, options, ledger) == [0, 0]
+    follower.look()
+    for member in ledger.members():
+        assert member.state == "done"
+        assert len(quick.notes(ledger.run_dir(member.id), "done")) == 1
+
+
+def test_a_launcher_that_is_not_installed_names_what_to_install() -> None:
+    with pytest.raises(ConfigError, match=r"pip install 'peftcli\[nobody\]'"):
+        launchers._import("nobody")
