@@ -28,7 +28,8 @@ def test_what_a_pass_saves_for_the_backward_one_is_a_line_in_the_rows(
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None for p in loop.host.model.parameters())
     tokens, targets, saved, answering, turning = probe._pass(look, look.collate(alike[:6]))
-    assert working.saved.at(tokens) == pytest.approx(saved, rel=0.02)
+    within = 0.2 if packing else 0.02  # packed, a beginning is shared only from two rows on
+    assert working.saved.at(tokens) == pytest.approx(saved, rel=within)
     assert working.answering.at(targets) == pytest.approx(answering, rel=0.05)
     assert working.turning.at(tokens) == pytest.approx(turning, rel=0.25)
     assert saved > 10 * tokens * 32 * 4  # three blocks of width 32 in float32
