@@ -46,4 +46,5 @@ def compute_longest(loop: Loop) -> None:
     loop.method.before_step(loop.host, Step(0, loop.plan.total, 0.0))
     loop.forward_backward(shares, objective.Totals.of(batches).over(loop.ranks))
     loop.optimizer.zero_grad(set_to_none=True)
+    loop.optimizer.state.clear()  # where methods note what they saw in the backward pass
     streams.restore(held)
