@@ -105,6 +105,7 @@ def build(
             quantization=run.quantization,
             compute_dtype=autocast or torch.float32,
             dequantised=dequantised,
+            cloze=run.method.fills_mask,
         )
     placed = torch.device("cpu") if sharding else where
     host = Host(cast(nn.Module, loaded.model).to(placed), loaded.new_modules)
@@ -145,6 +146,8 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
     reason: str | None = f"the task is {task}"
     if run.method.lays_tokens:
         reason = f"{type(run.method).__name__} lays tokens of its own before each example"
+    elif not run.method.packs:
+        reason = f"{type(run.method).__name__} keeps features of whole examples"
     elif task == "causal_lm":
         attention.use_packed_attention(model)
         reason = attention.can_pack(model, run.dataset.max_length)

@@ -388,6 +388,15 @@ def export(words: list[str]) -> int:
         help="of a run on quantised weights: those that it was trained on (dequantised), the "
         "original ones, or the merged ones quantised again",
     )
+    parser.add_argument(
+        "--half-reset",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="SEED",
+        help="put a random half of every kind of tensor in every block back to the base's, to see "
+        "how much comes back that training covered",
+    )
     args = parser.parse_intermixed_args(words)
     settings, cfg, folder = configuration(args)
     from peftcli import run
@@ -399,6 +408,7 @@ def export(words: list[str]) -> int:
         to=args.to,
         output=args.output,
         onto=args.onto,
+        half_reset=args.half_reset,
         as_json=args.json,
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from peftcli import config
 from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.screen import say
@@ -61,7 +62,9 @@ def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
     else:
         earlier = folder.checkpoints / "config.yaml"
         if earlier.exists():
-            _refuse_changes(OmegaConf.load(earlier), cfg, folder)
+            _refuse_changes(
+                config.completed(cast("DictConfig", OmegaConf.load(earlier))), cfg, folder
+            )
         if folder.result.exists():
             return Start(finished=True)
         newest, skipped = checkpoint.newest(folder.checkpoints)

@@ -21,6 +21,7 @@ from peftcli.core.host import Host
 from peftcli.dist import launch, strategies
 from peftcli.errors import ConfigError, Stopped
 from peftcli.export import adapter, compare, publish
+from peftcli.methods import hft
 from peftcli.models import attention, load
 from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
@@ -176,7 +177,7 @@ def count(run: Run, *, as_json: bool = False) -> int:
     base = load.config_of(run.model.architecture)
     task = load.infer_task(run.model, base, "auto")
     with streams.stream(run.seed, "init"):
-        host = Host(load.empty_model(base, task))
+        host = Host(load.empty_model(base, task, cloze=run.method.fills_mask))
         host.add(run.method)
     found = describe.count(run, host, task, quiet=as_json)
     if as_json:
@@ -235,10 +236,12 @@ def export(
     to: str,
     output: Path,
     onto: str | None = None,
+    half_reset: int | None = None,
     as_json: bool = False,
 ) -> int:
     """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs
-    compared. `onto` says which weights a run on quantised ones is merged into.
+    compared. `onto` says which weights a run on quantised ones is merged into; `half_reset` is the
+    seed of the half of the model's tensors that goes back to the base's.
     """
     if folder is None:
         raise ConfigError(
@@ -249,6 +252,8 @@ def export(
     is_quantised = run.quantization.name != "none"
     if onto and (to != "merged" or not is_quantised):
         raise ConfigError("--onto is for merging a run on quantised weights; leave it out.")
+    if half_reset is not None and (to != "merged" or is_quantised):
+        raise ConfigError("--half-reset goes with --to merged, of a run on unquantised weights.")
     exact = replace(
         run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False)
     )
@@ -257,6 +262,8 @@ def export(
         parts = trained_parts(exact, folder, with_data=to == "merged")
         if to == "adapter":
             publish.publish(parts, output, {})
+        elif half_reset is not None:
+            result |= reset_half(exact, parts, output, half_reset)
         elif is_quantised:
             result |= {"onto": onto or "dequantised"}
             result |= merge_quantised(parts, folder, output, onto or "dequantised")
@@ -269,6 +276,17 @@ def export(
     else:
         describe.exported(result)
     return 0
+
+
+def reset_half(run: Run, parts: Parts, output: Path, seed: int) -> dict[str, Any]:
+    """Write the trained model with a random half of its tensors as `run`'s base model has them;
+    returns how many went back, and the change of the outputs against those of all of it.
+    """
+    before = compare.outputs(parts)
+    publish.fold(parts.host)
+    back = hft.half_reset(parts.host, build(run, with_data=False).model, seed)
+    publish.save_model(parts, output)
+    return {"tensors_reset": len(back), **compare.change(before, compare.outputs(parts))}
 
 
 def merge_quantised(parts: Parts, folder: Path, output: Path, onto: str) -> dict[str, float]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from peftcli.cli import main
+from peftcli.train.folder import MetricsLog
 from tests import tiny
 
 Cli = Callable[..., "Done"]
@@ -74,6 +77,19 @@ def cli(
         return done
 
     return run
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """This process gets a signal at the moment when metrics.jsonl shows the step."""
+    write = MetricsLog.write
+
+    def watched(log: MetricsLog, record: Mapping[str, Any]) -> None:
+        write(log, record)
+        if record["step"] == step and "loss" in record:
+            monkeypatch.setattr(MetricsLog, "write", write)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(MetricsLog, "write", watched)
 
 
 @pytest.fixture

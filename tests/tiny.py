@@ -6,8 +6,9 @@ tokens at every call.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
@@ -160,6 +161,33 @@ def batch(name: str, rows: int = 2, length: int = 9) -> dict[str, Tensor]:
     ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
     labels = classes if name == "bert" else ids.clone()
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+class Look:
+    """The batches of `batch`, of 2, 3, ... rows, as what a method may look at before it starts."""
+
+    tokenizer = None
+    labels = ()
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self.model, self.name = model, name
+
+    def batches(self, n: int) -> Iterator[dict[str, Tensor]]:
+        """The first `n`."""
+        for rows in range(2, 2 + n):
+            yield batch(self.name, rows)
+
+    def forward(self, batch: Any) -> None:
+        """Run the model over the batch."""
+        self.model(**batch)
+
+    def loss(self, batch: Any) -> Tensor:
+        """The model's own loss."""
+        return self.model(**batch).loss
+
+    def tokens(self, batch: Any, source: bool = False) -> Tensor | None:
+        """All of them count."""
+        return None
 
 
 def tiny_llama(folder: Path) -> Path:

@@ -37,6 +37,8 @@ from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.files import read_weight
 from peftcli.models.roles import layout
 
+TRAINING = "|training"  # behind the name of an adapter: what only its training needs
+
 
 class Host:
     """A model whose weights are frozen but for the adapters' deltas and what is selected.
@@ -51,11 +53,11 @@ class Host:
         self.adapters: dict[str, Method] = {}
         self.sites: dict[str, list[Site]] = {}  # adapter: its sites
         self.matched: dict[str, dict[str, int]] = {}  # adapter: target entry -> number of sites
-        self.saved_modules: tuple[str, ...] = ()
         self.reset_requests: list[nn.Parameter] = []
         self.optimizer: Optimizer | None = None  # the run's, once it is made
         self.ranks = Ranks()  # the processes that train it; scores are summed over them
-        self._selected: set[str] = set()
+        self._selected: dict[str, set[str]] = {}  # parameter: the adapters that train it
+        self._saved: dict[str, set[str]] = {}  # module trained whole: the adapters that it is of
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.building = ""
         for path in new_modules:
@@ -94,10 +96,18 @@ class Host:
         return found
 
     def remove(self, name: str) -> None:
-        """Take the adapter's deltas off the model."""
+        """Take the adapter's deltas off the model, and let rest what it alone trained of the base;
+        that keeps the values it was trained to.
+        """
         for path in {site.path for site in self.sites[name]}:
             prune(self.model.get_submodule(path), name)
         self.unshare(name)
+        self.freeze(p for p, owners in self._selected.items() if owners == {name})
+        for held in (self._selected, self._saved):
+            for key, owners in list(held.items()):
+                owners.discard(name)
+                if not owners:
+                    del held[key]
         del self.adapters[name], self.sites[name], self.matched[name]
 
     def find(self, targets: str | Sequence[str]) -> list[Site]:
@@ -126,26 +136,28 @@ class Host:
         self.matched[self.building] |= Counter(sub.kind for sub in found)
         return found
 
-    def share(self, module: nn.Module) -> nn.Module:
+    def share(self, module: nn.Module, training: bool = False) -> nn.Module:
         """Keep parameters or buffers that several deltas of the adapter that is being set up use.
-        The deltas hold it in a tuple, so that it is saved and counted once.
+        The deltas hold it in a tuple, so that it is saved and counted once. What `training` alone
+        needs is in checkpoints, and in no adapter's file.
         """
         held = self._shared()
         self.model._modules[SHARED] = held
-        held[self.building] = module
+        held[self.building + TRAINING * training] = module
         return module
 
     def unshare(self, name: str) -> None:
         """Drop what the adapter's deltas shared, once none of them uses it."""
         shared = self._shared()
-        if name in shared:
-            del shared[name]
+        for key in (name, name + TRAINING):
+            if key in shared:
+                del shared[key]
         if not shared:
             self.model._modules.pop(SHARED, None)
 
-    def shared(self, name: str = "default") -> nn.Module:
+    def shared(self, name: str = "default", training: bool = False) -> nn.Module:
         """What the adapter's deltas share."""
-        return self._shared()[name]
+        return self._shared()[name + TRAINING * training]
 
     def _shared(self) -> nn.ModuleDict:
         held = self.model._modules.get(SHARED)
@@ -220,10 +232,8 @@ class Host:
     # -- what trains -------------------------------------------------------------------------------
     def train_module(self, path: str) -> None:
         """Train the module's own weights whole, in float32, and save them with the adapter."""
-        if path in self.saved_modules:
-            return
         module = self.model.get_submodule(path).float()
-        self.saved_modules = (*self.saved_modules, path)
+        self._saved.setdefault(path, set()).add(self.building)
         self.select(f"{path}.{name}" for name, _ in module.named_parameters())
 
     def select(self, names: Iterable[str]) -> None:
@@ -240,13 +250,16 @@ class Host:
         for name, parameter in parameters.items():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-            self._selected.add(name)
+            self._selected.setdefault(name, set()).add(self.building)
             owner = self.model.get_submodule(name.rpartition(".")[0])
             scale = owner._parameters.get("weight")
             if scale is not None and scale.ndim == 1:  # a norm takes all of its own in one type
                 scale.data = scale.data.float()
                 if (shift := owner._parameters.get("bias")) is not None:
                     shift.data = shift.data.float()
+            if next(owner.children(), None) is not None:  # a token in the stream, now float32
+                for path in (p for p, role in self.layout.names.items() if role == "norm"):
+                    self.model.get_submodule(path).float()
 
     def freeze(self, names: Iterable[str]) -> None:
         """Let selected parameters rest: they keep their values and stay in the state, get no
@@ -261,6 +274,11 @@ class Host:
         """Train selected parameters again."""
         for name in names:
             self.model.get_parameter(name).requires_grad_(True)
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """Paths of the modules that train whole, first come first."""
+        return tuple(self._saved)
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -311,7 +329,7 @@ class Host:
         weights, by name.
         """
         names = {n for n in self.model.state_dict() if is_own(n)}
-        names |= self._selected
+        names |= self._selected.keys()
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         return {n: tensors[n].detach() for n in sorted(names) if n in tensors}
 

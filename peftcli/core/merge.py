@@ -33,6 +33,7 @@ def folded(model: nn.Module) -> Weights:
     module.
     """
     found: Weights = {}
+    holders = _holders(model)
     for path, module in model.named_modules():
         if not active_of(module):
             continue
@@ -51,16 +52,24 @@ def folded(model: nn.Module) -> Weights:
             found[path] = (layer.weight, layer.bias)
         except NotMergeable as e:
             raise ConfigError(f"{path}: {e}; {APART}") from None
-        _refuse_shared(model, path, module)
+        _refuse_shared(holders, path, module)
     _pass_on_shifts(model, found)
     return found
 
 
-def _refuse_shared(model: nn.Module, path: str, module: nn.Module) -> None:
-    for other_path, other in model.named_modules(remove_duplicate=False):
-        if other is module or is_own(other_path):
-            continue
-        if getattr(other, "weight", None) is module.weight:
+def _holders(model: nn.Module) -> dict[Any, dict[nn.Module, str]]:
+    """For each weight the modules that have it, with their paths."""
+    found: dict[Any, dict[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and not is_own(path):
+            found.setdefault(weight, {})[module] = path
+    return found
+
+
+def _refuse_shared(holders: dict[Any, dict[nn.Module, str]], path: str, module: nn.Module) -> None:
+    for other, other_path in holders.get(module.weight, {}).items():
+        if other is not module:
             raise ConfigError(
                 f"{path} shares its weight with {other_path} (tied embeddings): merging would "
                 "change both. Leave it out of method.target_modules, or keep the adapter apart."

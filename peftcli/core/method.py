@@ -76,6 +76,8 @@ class Method:
     )
     publishes_model: ClassVar[bool] = False  # what others get is the whole model, not an adapter
     lays_tokens: ClassVar[bool] = False  # lays tokens of its own before a row: rows are not packed
+    packs: ClassVar[bool] = True  # takes several examples in one row
+    fills_mask: ClassVar[bool] = False  # answers classes by words, through a masked-language head
     on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
 
     modules_to_save: tuple[
@@ -127,7 +129,7 @@ class Method:
         """Before the forward pass of step `t`."""
 
     def penalty(self, host: Host) -> Tensor | None:
-        """A term added to the mean loss of the step, or None."""
+        """A term added to the mean loss of the step, or None; it is logged beside the loss."""
         return None
 
     def after_backward(self, host: Host, t: Step) -> None:

@@ -73,14 +73,18 @@ def _save_tokenizer(parts: Parts, folder: Path) -> None:
 
 def merge(parts: Parts, folder: Path) -> None:
     """Fold the adapter into the weights, in float32, and save the plain model."""
-    host: Host = parts.host
-    if not host.adapters:
+    if not parts.host.adapters:
         raise ConfigError("--to merged needs an adapter: give a run folder.")
+    fold(parts.host)
+    save_model(parts, folder)
+
+
+def fold(host: Host) -> None:
+    """Fold the active adapters into the weights; the configuration names what biases they add."""
     for name in host.active:
         host.adapters[name].before_merge(host, name)
     host.merge()
     declare_biases(host)
-    save_model(parts, folder)
 
 
 def declare_biases(host: Host) -> None:
@@ -121,7 +125,7 @@ def _loading(parts: Parts) -> tuple[str, str]:
     """(library, call) that reads what was published."""
     if parts.run.method.publishes_model:
         return "transformers", f"{type(parts.model).__name__}.from_pretrained(FOLDER)"
-    if parts.run.method.hf_refuses(parts.host, "default"):
+    if parts.host.adapters["default"].hf_refuses(parts.host, "default"):
         return "peftcli", "peft-train eval RUN_FOLDER"
     return "peft", "PeftModel.from_pretrained(base, FOLDER)"
 

@@ -9,23 +9,30 @@ the weights know already.
 A bias is a parameter named `bias`, that of a norm too; T5's `relative_attention_bias` is a table
 and none. A choice of terms also trains the bias of the pooler, as the authors' code does. For
 models without biases `add_missing_bias` gives the linears zero ones: an extension, not the paper's.
-The authors' baselines with random masks are not here.
+
+The paper's control trains as many weights drawn at random (`random_entries`): if biases were
+nothing special, these would do as well. Every matrix gets its share by size. Vectors, to which the
+authors' split gives next to nothing, get none, and all positions differ, where the authors draw
+with replacement.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from peftcli.core import weights
 from peftcli.core.delta import OutputDelta
 from peftcli.core.method import Method
 from peftcli.core.site import Site
-from peftcli.errors import NotApplicable
+from peftcli.errors import ConfigError, NotApplicable
 from peftcli.methods.selection import base_names, inside
+from peftcli.methods.sparse import SparseDelta, random_positions
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -51,15 +58,34 @@ class BiasDelta(OutputDelta):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Biases of the base, all or those of some components."""
+    """Biases of the base, all or those of some components; or as many random weights."""
 
     family: ClassVar[str] = "selective"
 
     bias_terms: str | tuple[str, ...] = ("all",)
     add_missing_bias: bool = False
+    random_entries: Literal["equal"] | Annotated[int, Ge(1)] | None = None
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
-        """Select the biases; graft one where it is missing, or where only a part of it trains."""
+        """Select the biases, graft one where it is missing or where only a part of it trains; or
+        graft as many single weights.
+        """
+        if isinstance(self.random_entries, int):
+            self._train_random(host, self.random_entries)
+            return
+        names, grafted = self._biases(host)
+        if self.random_entries == "equal":
+            mine = set(names) - set(inside(names, host.saved_modules))  # heads train anyway
+            count = sum(host.model.get_parameter(name).numel() for name in mine)
+            self._train_random(host, count + sum(site.d_out for site in grafted))
+            return
+        for site in grafted:
+            host.graft(site, self.build(site))
+        host.matched[host.building] = {"biases": len(names), "biases added": len(grafted)}
+        host.select(names)
+
+    def _biases(self, host: Host) -> tuple[list[str], list[Site]]:
+        """Names of the biases that train whole, and the sites that get one beside their own."""
         terms = (self.bias_terms,) if isinstance(self.bias_terms, str) else self.bias_terms
         if "all" in terms:
             names = [n for n in base_names(host) if n.endswith(".bias")]
@@ -77,10 +103,23 @@ class BitFit(Method):
         if "all" not in terms:
             poolers = [p for p, role in host.layout.names.items() if role == "pooler"]
             names += [n for n in inside(base_names(host), poolers) if n.endswith(".bias")]
-        for site in grafted:
-            host.graft(site, self.build(site))
-        host.matched[host.building] = {"biases": len(names), "biases added": len(grafted)}
-        host.select(names)
+        return names, grafted
+
+    def _train_random(self, host: Host, count: int) -> None:
+        """Graft `count` single weights, spread over the matrices of the base by their sizes."""
+        found = [site for site in host.find(".*") if site.path not in host.saved_modules]
+        sites = list({site.module.weight: site for site in reversed(found)}.values())[::-1]
+        ends = list(accumulate(site.d_out * site.d_in for site in sites))
+        if count > ends[-1]:
+            raise ConfigError(
+                f"method.random_entries={count}: {type(host.model).__name__} has {ends[-1]} "
+                "weights in matrices."
+            )
+        taken = [0, *(count * end // ends[-1] for end in ends)]  # of all up to each matrix
+        for site, (first, last) in zip(sites, pairwise(taken), strict=True):
+            if last > first:
+                host.graft(site, SparseDelta(site, random_positions(site, last - first)))
+        host.matched[host.building] = {"random weights": count}
 
     def _is_grafted(self, site: Site) -> bool:
         """Whether a chosen site needs a bias beside its own: rows of a fused linear, or none."""

@@ -3,7 +3,7 @@
 "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", Liu et al., ICLR 2024,
 arXiv 2311.06243.
 
-    y = s * (W (x Rot)) + b      Rot (I, I) = F_{m-1} ... F_0      s (O, 1)
+    y = s * (W (x Rot)) + b      Rot (I, I) = F_{m-1} ... F_0      s (O,)
     F_i = P_i blockdiag(O_i) P_i'      O = (I - S)(I + S)^-1,  S = (R - R')/2,  R (m, I/b, b, b)
 
 P_i mixes half-blocks of 2^i neighbouring blocks, so that log2(I/b) + 1 factors of small blocks
@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from peftcli.core.delta import Delta
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
@@ -58,13 +59,11 @@ def butterfly(d: int, b: int, i: int) -> Tensor:
 class BOFTDelta(RotationDelta):
     """y = s * (W (x Rot)) + b, Rot = F_{m-1} ... F_0 (Liu et al. 2024)."""
 
-    hf_keys: ClassVar[dict[str, str]] = {"R": "boft_R", "s": "boft_s"}
-
     def __init__(self, site: Site, m: int, b: int, p: float) -> None:
         super().__init__(site)
         self.b, self.p = b, p
         self.R = nn.Parameter(torch.zeros(m, site.d_in // b, b, b))  # (m, I/b, b, b), zero: O = I
-        self.s = nn.Parameter(torch.ones(site.d_out, 1))  # (O, 1)
+        self.s = nn.Parameter(torch.ones(site.d_out))  # (O,), a vector: scales do not decay
         orders = [butterfly(site.d_in, b, i) if i else torch.arange(site.d_in) for i in range(m)]
         self.order: Tensor  # p of every factor (m, I), and its inverse
         self.inverse: Tensor
@@ -105,7 +104,7 @@ class BOFTDelta(RotationDelta):
 
     def merged(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """s * (W Rot')."""
-        return self.s * self.turned(W), b
+        return self.s[:, None] * self.turned(W), b
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """s * (W (x Rot)) + b: the bias is not scaled."""
@@ -172,3 +171,8 @@ class BOFT(Method):
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:
         """Fields with one value here."""
         return {"bias": "none", "init_weights": True}
+
+    def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
+        """peft's scale is a column."""
+        held = cast(BOFTDelta, delta)
+        return {"boft_R": held.R, "boft_s": held.s[:, None]}

@@ -63,7 +63,6 @@ class FourierFT(SpectralMethod):
         "init_weights": "init_weights",
     }
     hf_harmless: ClassVar[frozenset[str]] = frozenset({"fan_in_fan_out", "n_frequency_pattern"})
-    starts_at_base: ClassVar[bool] = False
 
     n: Annotated[int, Ge(1)] = 1000
     scaling: Annotated[float, Gt(0)] = 150.0
@@ -71,6 +70,11 @@ class FourierFT(SpectralMethod):
     init_weights: bool = False
     n_pattern: dict[str, Annotated[int, Ge(1)]] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] = ("q", "v")
+
+    @property
+    def starts_at_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """With zeros, as peft calls its started weights."""
+        return self.init_weights
 
     def build(self, site: Site) -> FourierFTDelta:
         """Coefficients at the seed's positions, normal or zero."""

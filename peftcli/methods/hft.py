@@ -15,13 +15,13 @@ train (`embed_head`). The paper draws once a stage: `stage` numbers it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le
-from torch import Tensor
+from torch import nn
 
 from peftcli.core.graft import is_own
 from peftcli.core.method import Method, Step
@@ -159,10 +159,15 @@ def _of_role(host: Host, role: str) -> list[str]:
     return [first[n] for n in inside(first, paths)]
 
 
-def half_reset(
-    tuned: Mapping[str, Tensor], base: Mapping[str, Tensor], kept: set[str]
-) -> dict[str, Tensor]:
-    """theta = M theta_tuned + (1 - M) theta_base, M the tensors named `kept`: how much of what
-    fine-tuning covered comes back (the paper's analysis).
+@torch.no_grad()
+def half_reset(host: Host, base: nn.Module, seed: int) -> list[str]:
+    """theta = M theta_tuned + (1 - M) theta_base, M one draw of a half of each category of each
+    block: how much of what fine-tuning covered comes back (the paper's analysis). What is outside
+    of the blocks stays tuned. Returns the names of what was put back.
     """
-    return {name: tensor if name in kept else base[name] for name, tensor in tuned.items()}
+    kept, held = HFT(seed=seed).drawn(host, 0), dict(base.named_parameters())
+    tuned = {n: p for n, p in host.model.named_parameters() if not is_own(n)}
+    back = [name for name in tuned if name not in kept]
+    for name in back:
+        tuned[name].copy_(held.get(name, torch.zeros_like(tuned[name])))  # merging added a bias
+    return back

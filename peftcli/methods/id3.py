@@ -15,12 +15,17 @@ candidates are the weights of `target_modules`, never biases and norms; gradient
 norm of the unmasked, there by that of all (the order of H is the same); values are changes of W,
 rounded once, there W itself. Its other modes are methods of their own, but for the fixed mask of
 the first step's gradients, which is `max_steps=1`.
+
+`over` spends the budget on the parameters of another method instead (the code's ID3-LoRA): they are
+unmasked step by step (`unmasking.py`), and what is published is an adapter of that method.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 import torch
@@ -31,9 +36,10 @@ from torch.autograd.function import once_differentiable
 from peftcli.core.delta import WeightDelta
 from peftcli.core.method import Method, Step
 from peftcli.core.site import Site
-from peftcli.errors import NotApplicable
+from peftcli.errors import ConfigError, NotApplicable
 from peftcli.kernels.sparse_linear import Watch
 from peftcli.methods.sparse import budget_of
+from peftcli.methods.unmasking import first_largest, mask_parameters, masks_of, method_over, unmask
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -147,9 +153,28 @@ class ID3(Method):
     eps: Annotated[float, Gt(0)] = 1e-3
     max_steps: Annotated[int, Ge(1)] | None = None
     target_modules: str | tuple[str, ...] = "all-linear"
+    over: str = ""
+    over_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what `over` cannot be, before anything is loaded."""
+        if self.over_options and not self.over:
+            raise ConfigError("method.over_options are of the method that method.over names.")
+        if self.over:
+            assert self.inner
+
+    @cached_property
+    def inner(self) -> Method:
+        """The method whose parameters are unmasked."""
+        return method_over(self.over, self.over_options)
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Lay the targets' weights end to end; nothing is unmasked yet."""
+        if self.over:
+            self.inner.setup(host, data)
+            host.adapters[host.building] = self.inner
+            mask_parameters(host, self.budget, self.density)
+            return
         sites = host.find(self.target_modules)
         sizes = [site.d_out * site.d_in for site in sites]
         B = budget_of(host, sizes, "budget", self.budget, self.density)
@@ -170,8 +195,27 @@ class ID3(Method):
         T = self.max_steps or total
         return B // T + (step < B % T) if step < T else 0
 
+    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Those of the method that is unmasked; only modules that train whole decay."""
+        if not self.over:
+            return super().param_groups(host, lr, weight_decay)
+        masks = masks_of(host, self.inner)
+        mine, split = {host.model.get_parameter(name) for name in masks.names}, []
+        for group in self.inner.param_groups(host, lr, weight_decay):
+            masked = [p for p in group["params"] if p in mine]
+            rest = [p for p in group["params"] if p not in mine]
+            split += [{**group, "params": masked, "weight_decay": 0.0}, {**group, "params": rest}]
+        return [group for group in split if group["params"]]
+
+    def penalty(self, host: Host) -> Tensor | None:
+        """That of the method that is unmasked."""
+        return self.inner.penalty(host) if self.over else None
+
     def before_step(self, host: Host, t: Step) -> None:
         """Watch dense gradients where entries will be chosen, from this step on alone."""
+        if self.over:
+            self.inner.before_step(host, t)
+            return
         budget, sites = self._parts(host)
         wanted = self.num_unmasked(len(budget.values), int(budget.step), t.total) > 0
         for _, delta in sites:
@@ -181,6 +225,12 @@ class ID3(Method):
         """Unmask, then drop the gradients of what waits. Where a gradient is not finite all become
         so, and the loop takes no step.
         """
+        if self.over:
+            masks = masks_of(host, self.inner)
+            n = self.num_unmasked(masks.B, int(masks.step), t.total)
+            unmask(host, masks, n, self.score)
+            self.inner.after_backward(host, t)
+            return
         budget, sites = self._parts(host)
         B, first = len(budget.values), int(budget.spent)
         n = min(self.num_unmasked(B, int(budget.step), t.total), B - first)
@@ -206,7 +256,7 @@ class ID3(Method):
         taken = budget.positions[: int(budget.spent)]
         found: list[tuple[Tensor, ...]] = []
         for (site, delta), g in zip(sites, grads, strict=True):
-            H = self.score(g, site)
+            H = self.score(g, lambda site=site: site.weight.flatten())
             inside = (taken >= delta.start) & (taken < delta.start + len(H))
             H[taken[inside] - delta.start] = -1.0  # below every score
             best = first_largest(H, min(n, len(H)))
@@ -215,11 +265,21 @@ class ID3(Method):
         best = first_largest(H, n)
         return positions[best], g[best]
 
-    def score(self, g: Tensor, site: Site) -> Tensor:
-        """H = |g| / (|w| + eps)^exp, flat (O I,)."""
+    def after_step(self, host: Host, t: Step) -> None:
+        """What the method that is unmasked does then."""
+        if self.over:
+            self.inner.after_step(host, t)
+
+    def finish(self, host: Host) -> None:
+        """What the method that is unmasked does before export."""
+        if self.over:
+            self.inner.finish(host)
+
+    def score(self, g: Tensor, weights: Callable[[], Tensor]) -> Tensor:
+        """H = |g| / (|w| + eps)^exp, all flat (N,); the weights are asked for where they count."""
         if not self.exp:
             return g.abs()
-        return g.abs() / (site.weight.flatten().to(g.dtype).abs() + self.eps) ** self.exp
+        return g.abs() / (weights().to(g.dtype).abs() + self.eps) ** self.exp
 
     def _parts(self, host: Host) -> tuple[Budget, list[tuple[Site, ID3Delta]]]:
         name = next(name for name, method in host.adapters.items() if method is self)
@@ -229,11 +289,3 @@ class ID3(Method):
     def hf_refuses(self, host: Host, name: str) -> str:
         """Peft's nearest, SHiRA, fixes the number of entries of every module."""
         return "peft's SHiRA has r * (d_in + d_out) entries in every module, ID3 any number"
-
-
-def first_largest(scores: Tensor, n: int) -> Tensor:
-    """Ascending indices of the `n` largest scores (N,); of equal ones the first."""
-    cut = scores.topk(n).values[-1]
-    above = (scores > cut).nonzero().view(-1)
-    equal = (scores == cut).nonzero().view(-1)[: n - len(above)]
-    return torch.cat([above, equal]).sort().values

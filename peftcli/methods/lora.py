@@ -240,6 +240,11 @@ class LoRA(LowRank):
     embedding_lr: Annotated[float, Gt(0)] = 1e-6
 
     @property
+    def starts_at_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """LoRA-One's factors are a step already taken, and LoftQ's correct a quantised weight."""
+        return self.init not in ("lora_one", "loftq")
+
+    @property
     def gamma(self) -> float:
         """`stable_gamma`, or the papers' 16 for LoRA-GA and 128 for LoRA-One."""
         return self.stable_gamma or (128.0 if self.init == "lora_one" else 16.0)

@@ -11,7 +11,8 @@ adapter beside every feed-forward part, which a large budget serves best: the un
 While it trains the prefix comes out of a map (`prefix_mlp`), which is folded at the end; without
 one it starts at N(0, 0.02^2). The start is not the base: the prefix takes its share of the softmax
 at once. Tokens keep their positions. The paper's RoBERTa code also makes maps and adapters that
-nothing reads; here are none.
+nothing reads; here are none. Hugging Face peft has no such union, and its prefix moves the tokens'
+positions, so the adapter is kept in our own format.
 """
 
 from __future__ import annotations
@@ -79,3 +80,11 @@ class MAM(Method):
         """Without the map, once it is folded."""
         folded = all(delta.B is None for delta in prefixes_of(host, name))
         return replace(self, prefix_mlp=self.prefix_mlp and not folded)
+
+    def hf_refuses(self, host: Host, name: str) -> str | None:
+        """peft has one part or the other, and moves tokens behind a prefix."""
+        if not self.prefix_length:
+            return super().hf_refuses(host, name)
+        if self.ffn_r:
+            return "peft has no adapter of a prefix and branches beside feed-forward parts together"
+        return self._prefix.hf_refuses(host, name)

@@ -10,10 +10,12 @@ v2 is prefix tuning without the map (lr about 5e-3 to 1e-2), dropout on keys and
 classifier, which trains as fresh heads always do; its dropout acts in training alone.
 
 A `template` (a, b, c) of v1 counts the trained tokens before the mask, between mask and subject,
-and behind the subject. The classifiers here read [CLS] and the base has no cloze head, so no [MASK]
-is laid: [CLS] a+b tokens, x, c tokens [SEP]. A decoder has (a, b, 0): a before x and b behind it,
-where its classifier reads the last; in a language model they would stand between prompt and answer,
-which a row does not tell apart, so there all are in front, (a, 0, 0), as in Hugging Face peft.
+and behind the subject: [CLS] a [MASK] b x c [SEP], with a stop where c is 0. With a word for each
+class (`label_words`) an encoder answers by the word that its pretrained head puts at the mask
+(`cloze.py`), the paper's way; else a classifier reads [CLS], and no [MASK] is laid. A decoder has
+(a, b, 0): a before x and b behind it, where its classifier reads the last; in a language model they
+would stand between prompt and answer, which a row does not tell apart, so there all are in front,
+(a, 0, 0), as in Hugging Face peft.
 `mlp` is peft's encoder of three linears. In the paper's few-shot runs the backbone trains too, at a
 rate of its own (`tune_backbone`).
 """
@@ -21,7 +23,7 @@ rate of its own (`tune_backbone`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from peftcli.core.graft import is_own
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
-from peftcli.methods import prompt
+from peftcli.methods import cloze, prompt
 from peftcli.methods.prefix_tuning import PrefixTuning, fold_prefixes
 from peftcli.methods.prompt import PromptDelta
 
@@ -76,6 +78,7 @@ class PTuning(Method):
 
     variant: Literal["v1", "v2"] = "v2"
     template: tuple[Annotated[int, Ge(0)], Annotated[int, Ge(0)], Annotated[int, Ge(0)]] = (3, 3, 3)
+    label_words: dict[str, str] = field(default_factory=dict)
     encoder: Literal["lstm", "mlp", "none"] = "lstm"
     encoder_hidden_size: Annotated[int, Ge(1)] | None = None
     encoder_layers: Annotated[int, Ge(1)] = 2
@@ -93,6 +96,16 @@ class PTuning(Method):
         return self.variant == "v1"
 
     @property
+    def fills_mask(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """With words for the classes."""
+        return bool(self.label_words)
+
+    def __post_init__(self) -> None:
+        """Refuse words where no mask is laid."""
+        if self.label_words and self.variant == "v2":
+            raise ConfigError("method.label_words go with method.variant=v1: v2 lays no mask.")
+
+    @property
     def prefix(self) -> PrefixTuning:
         """The prefix tuning that v2 is."""
         return PrefixTuning(
@@ -107,13 +120,21 @@ class PTuning(Method):
         if self.variant == "v2":
             self.prefix.setup(host)
         else:
-            table = prompt.table_of(host)
-            front, behind = self._places(host.model)
-            E = torch.randn(front + behind, table.d_out)
-            delta = PromptDelta(E, prompt.first_free(table), self._encoder(table.d_out))
-            prompt.lay(host, table, delta, front, behind)
+            self._lay(host, data)
         if self.tune_backbone:
             host.select(n for n, _ in host.model.named_parameters() if not is_own(n))
+
+    def _lay(self, host: Host, data: Calibration | None) -> None:
+        """The template around each row, with its mask where words answer."""
+        table = prompt.table_of(host)
+        words = cloze.words_of(data, self.label_words) if self.label_words else None
+        front, behind = self._places(host.model)
+        E = torch.randn(front + behind, table.d_out)
+        delta = PromptDelta(E, prompt.first_free(table), self._encoder(table.d_out))
+        if words:
+            cloze.lay(host, table, delta, self.template, words)
+        else:
+            prompt.lay(host, table, delta, front, behind)
 
     def _places(self, model: nn.Module) -> tuple[int, int]:
         """Trained tokens before a row's own and behind them. Raises `ConfigError` for a template

@@ -5,7 +5,8 @@
 The last block, embeddings and head: "Exploring and Evaluating Personalized Models for Code
 Generation", Zlotchevski et al., ESEC/FSE 2022, arXiv 2208.13928. Norms alone: "Tuning LayerNorm in
 Attention: Towards Efficient Multi-Modal LLM Finetuning", Zhao et al., 2023, arXiv 2312.11420. What
-lies below the lowest chosen block needs no backward pass, and its activations are not kept.
+lies below the lowest chosen block needs no backward pass, and its activations are not kept; where
+the data are few, its features may be (`cache_frozen_prefix`), so that it runs once an example.
 
 There is no official code: presets are ours. `last_layer` is the last block of the decoder where
 there are two stacks. Heads that share their weight with the embeddings train it in both places,
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
@@ -30,6 +31,7 @@ from peftcli.core.method import Method
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError, NotApplicable, nearest
 from peftcli.export.hf_peft import target_names
+from peftcli.methods.frozen_prefix import cache_prefix
 from peftcli.methods.selection import base_names, inside
 
 if TYPE_CHECKING:
@@ -148,10 +150,18 @@ class Partial(Method):
     include_qk_norm: bool = False
     untie: bool = False
     token_ids: tuple[Annotated[int, Ge(0)], ...] = ()
+    cache_frozen_prefix: bool = False
+
+    @property
+    def packs(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Features are kept by example, not by packed row."""
+        return not self.cache_frozen_prefix
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Select the modules' parameters, or graft the chosen rows of the token table."""
         if self.token_ids:
+            if self.cache_frozen_prefix:
+                raise ConfigError("method.token_ids train below all blocks: no features to keep.")
             self._train_rows(host)
             return
         chosen = self.names(host)
@@ -170,6 +180,12 @@ class Partial(Method):
         names = dict.fromkeys(first[n] for n in chosen)
         host.matched[host.building] = {what: len(names), **tied}
         host.select(names)
+        if self.cache_frozen_prefix:
+            cache_prefix(host, data)
+
+    def published(self, host: Host, name: str) -> Method:
+        """What is read back needs no features."""
+        return replace(self, cache_frozen_prefix=False)
 
     def names(self, host: Host) -> list[str]:
         """The parameters that train, tied ones under each of their names."""

@@ -9,6 +9,7 @@ their own length.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -61,12 +62,25 @@ class LaidTokens(Delta):
     that belong to it.
 
     `front` tokens stand before a row's tokens and `behind` after them. With `inside`, they stand
-    between its first token and its last ([CLS] and [SEP] of an encoder).
+    between its first token and its last ([CLS] and [SEP] of an encoder). `fixed` are ids of the
+    vocabulary by their places among the laid tokens; the others are first, first + 1, ...
     """
 
-    def __init__(self, first: int, front: int, behind: int = 0, inside: bool = False) -> None:
+    ids: Tensor
+
+    def __init__(
+        self,
+        first: int,
+        front: int,
+        behind: int = 0,
+        inside: bool = False,
+        fixed: Mapping[int, int] | None = None,
+    ) -> None:
         super().__init__()
-        self.first, self.front, self.behind, self.inside = first, front, behind, inside
+        self.front, self.behind, self.inside = front, behind, inside
+        fixed, free = fixed or {}, itertools.count(first)
+        ids = [fixed[i] if i in fixed else next(free) for i in range(front + behind)]
+        self.register_buffer("ids", torch.tensor(ids), persistent=bool(fixed))  # (P,)
 
     def columns(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Where each token (B, T) of the rows stands in the laid rows."""
@@ -81,7 +95,7 @@ class LaidTokens(Delta):
         """The ids (B, P + T), the laid ones in their order."""
         rows = self._spread(ids, columns, -1)
         free = rows < 0
-        return torch.where(free, self.first + free.cumsum(1) - 1, rows)
+        return torch.where(free, self.ids[free.cumsum(1) - 1], rows)
 
     def _spread(self, x: Tensor, columns: Tensor, fill: int) -> Tensor:
         """x (B, T) at its columns of (B, P + T), `fill` elsewhere."""

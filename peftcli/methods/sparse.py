@@ -7,7 +7,7 @@ Memory for training is that of K numbers, and the change folds into W afterwards
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +71,19 @@ class SparseDelta(WeightDelta):
         return y + layer.linear(x, dW.to(y.dtype))
 
 
+class Masks(nn.Module):
+    """Which numbers of each parameter train; `names` are those of the parameters."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = tuple(masks)
+        for name, mask in masks.items():
+            self.register_buffer(name.replace(".", "/"), mask)  # bool, of the parameter's shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name.replace(".", "/"))
+
+
 def random_positions(site: Site, k: int) -> Tensor:
     """`k` of the site's flat positions, all subsets alike likely, in ascending order."""
     noise = torch.rand(site.d_out * site.d_in, device=site.device)
@@ -84,15 +97,21 @@ def size_of_base(host: Host) -> int:
 
 
 def budget_of(
-    host: Host, sizes: Sequence[int], key: str, number: int | None, density: float
+    host: Host,
+    sizes: Sequence[int],
+    key: str,
+    number: int | None,
+    density: float,
+    targets: str = "method.target_modules",
 ) -> int:
     """How many weights may train on targets of these sizes: the `number` of `method.<key>`, else a
-    share of the whole model. Raises `ConfigError` where the targets have fewer.
+    share of the whole model. Raises `ConfigError`, which names the `targets`, where they have
+    fewer.
     """
     budget = number or int(density * size_of_base(host))
     if budget > sum(sizes):
         raise ConfigError(
-            f"method.target_modules has {sum(sizes)} weights, fewer than the {budget} of "
+            f"{targets} has {sum(sizes)} weights, fewer than the {budget} of "
             f"method.{key} or method.density (a share of the whole model)."
         )
     return budget

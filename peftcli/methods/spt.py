@@ -18,8 +18,7 @@ gelu(D drop(h) + d) + u); at the attention's output it stands beside it, and rea
 
 Departures from the official code: every linear draws its own dropout mask, also q, k and v; single
 weights and vectors do not decay; batches are those of the run, where the scripts have 16 of 32.
-Vectors train in place under a mask, so they stay when the adapter is switched off. Without data
-(an estimate, or a model nobody has looked at) sensitivities are drawn at random.
+Vectors train in place under a mask, so they stay when the adapter is switched off.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from peftcli.core.site import Site
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.methods.bottleneck_adapter import Bottleneck, projections
 from peftcli.methods.lora import LoRADelta
-from peftcli.methods.sparse import SparseDelta
+from peftcli.methods.sparse import Masks, SparseDelta
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -88,19 +87,6 @@ class SPTAdapterDelta(OutputDelta):
         return y + self.core(F.dropout(y, self.dropout, self.training))
 
 
-class Masks(nn.Module):
-    """Which numbers of each vector train; `names` are those of the vectors."""
-
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.names = tuple(masks)
-        for name, mask in masks.items():
-            self.register_buffer(name.replace(".", "/"), mask)  # (l,) bool
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.get_buffer(name.replace(".", "/"))
-
-
 # -- allocation ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Price:
@@ -131,16 +117,17 @@ def nearest(totals: Sequence[int], budget: int) -> int | None:
 
 
 def allocate(
-    scores: Sequence[Tensor], prices: Sequence[Price], budget: int, step: int
+    scores: Sequence[Tensor], prices: Sequence[Price], budget: int, step: int, fixed: int = 0
 ) -> list[Tensor | None]:
-    """For every tensor the flat positions that train, or None where it is structured or whole.
-    Raises `ConfigError` where every total is above twice the budget.
+    """For every tensor the flat positions that train, or None where it is structured or whole;
+    `fixed` more train in any case. Raises `ConfigError` where every total is above twice the
+    budget.
     """
     owner, position = rank(scores, SIZES * step)
     totals = []
     for i in range(1, min(SIZES, math.ceil(len(owner) / step)) + 1):
         counts = owner[: i * step].bincount(minlength=len(prices)).tolist()
-        totals.append(sum(price.of(n) for price, n in zip(prices, counts, strict=True)))
+        totals.append(fixed + sum(price.of(n) for price, n in zip(prices, counts, strict=True)))
     chosen = nearest(totals, budget)
     if chosen is None:
         raise ConfigError(
@@ -258,13 +245,14 @@ class SPT(Method):
         """By name the positions that train, or None for all; nothing of what is left alone."""
         lengths = [host.model.get_parameter(name).numel() for name in vectors]
         if data is None:
-            sizes = [*(s.d_out * s.d_in for s in sites), *lengths]
-            scores = [torch.rand(size) for size in sizes]
-        else:
-            scores = sensitivities(host, sites, vectors, data, self.batches)
+            raise ConfigError(
+                "method=spt trains what the task's gradients choose, and there are no data to ask; "
+                "give a model with weights and data, or name what trains in method.allocation."
+            )
+        scores = sensitivities(host, sites, vectors, data, self.batches)
         prices = [*map(self.price, sites), *map(self.vector_price, lengths)]
         tokens = sum(host.model.get_parameter(name).numel() for name in _class_tokens(host))
-        found = allocate(scores, prices, max(self.budget - tokens, 1), self.step)
+        found = allocate(scores, prices, self.budget, self.step, tokens)
         names = [*(site.name for site in sites), *vectors]
         return {n: f for n, f in zip(names, found, strict=True) if f is None or len(f)}
 

@@ -67,13 +67,16 @@ class SSF(Method):
     """A scale and a shift behind every operation of the backbone."""
 
     family: ClassVar[str] = "scale-shift"
-    starts_at_base: ClassVar[bool] = False  # the paper's start is random
-
     target_modules: str | tuple[str, ...] = ("backbone", "norm")
     ssf_scale: bool = True
     ssf_shift: bool = True
     init: Literal["normal", "identity"] = "normal"
     init_std: Annotated[float, Ge(0)] = 0.02
+
+    @property
+    def starts_at_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The paper's start is random."""
+        return self.init == "identity"
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """A delta behind every target. `norm` means every norm; norms can be named, too."""

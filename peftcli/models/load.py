@@ -148,6 +148,7 @@ def load_model(
     quantization: Quantization | None = None,
     compute_dtype: torch.dtype = torch.float32,
     dequantised: bool = False,
+    cloze: bool = False,
 ) -> Loaded:
     """The model of the source for the task, its weights in `dtype`, in evaluation mode.
 
@@ -157,17 +158,18 @@ def load_model(
         quantization: how the linears of the blocks are stored.
         compute_dtype: of products with weights in 4 bits.
         dequantised: the weights as `quantization` rounds them, but stored in `dtype`.
+        cloze: a masked-language head in place of a fresh classifier.
 
     Raises:
         ConfigError: the architecture has no model for the task, or lacks the attention asked for.
         DataError: weights are missing, or there are some that config.json knows nothing of.
     """
     config = for_task(load_config(source, cfg), task, labels)
-    cls = _class(task, config, cfg)
+    cls = _class(task, config, cfg, cloze)
     attention = cfg.attn_implementation
     stored = {}
     if quantization and quantization.name != "none":
-        stored = loading(quantization, empty_model(config, task, labels), compute_dtype)
+        stored = loading(quantization, empty_model(config, task, labels, cloze), compute_dtype)
     try:
         with quiet():
             model, info = cls.from_pretrained(
@@ -190,20 +192,28 @@ def load_model(
     if stored and dequantised:
         model = dequantise(model, dtype)
     new_modules = _new_modules(model, info, task, source)
+    if cloze and new_modules:
+        raise ConfigError(
+            f"{source.name} has no masked-language head ({new_modules[0]} is missing), which "
+            "method.label_words need. Take the pretrained encoder, or leave them out."
+        )
     if task != "image_classification":
         _pad_alike(model, tokenizer or load_tokenizer(source, cfg))
     return Loaded(model.eval(), new_modules)
 
 
 def empty_model(
-    source: Source | PreTrainedConfig, task: Task, labels: tuple[str, ...] | None = None
+    source: Source | PreTrainedConfig,
+    task: Task,
+    labels: tuple[str, ...] | None = None,
+    cloze: bool = False,
 ) -> PreTrainedModel:
     """The model without weights, on the meta device: for counting parameters and sites."""
     if isinstance(source, Source):
         source = load_config(source, Model(source.name))
     config = for_task(source, task, labels)
     with torch.device("meta"), quiet():
-        return _class(task, config)(config).eval()
+        return _class(task, config, cloze=cloze)(config).eval()
 
 
 def config_of(architecture: Mapping[str, Any]) -> PreTrainedConfig:
@@ -261,7 +271,11 @@ def _class_for(task: Task, config: PreTrainedConfig) -> Any:
     return found[0] if isinstance(found, tuple) else found
 
 
-def _class(task: Task, config: PreTrainedConfig, cfg: Model | None = None) -> Any:
+def _class(
+    task: Task, config: PreTrainedConfig, cfg: Model | None = None, cloze: bool = False
+) -> Any:
+    if cloze:
+        return _cloze_class(task, config)
     if cfg is not None and cfg.trust_remote_code and hasattr(config, "auto_map"):
         return _AUTO[task]
     cls = _class_for(task, config)
@@ -272,6 +286,17 @@ def _class(task: Task, config: PreTrainedConfig, cfg: Model | None = None) -> An
             + (f"It offers model.task={' or '.join(choices)}." if choices else "It offers none.")
         )
     return cls
+
+
+def _cloze_class(task: Task, config: PreTrainedConfig) -> Any:
+    """The encoder with its masked-language head."""
+    mapping = AutoModelForMaskedLM._model_mapping
+    if task != "classification" or config.is_encoder_decoder or type(config) not in mapping:
+        raise ConfigError(
+            "method.label_words answer a classification by an encoder (BERT, RoBERTa ...); this "
+            f"is {config.model_type} with model.task={task}."
+        )
+    return mapping[type(config)]
 
 
 def _pad_alike(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -191,13 +191,15 @@ class Loop:
         totals = objective.Totals.of(mine).over(self.ranks)
         self.method.before_step(self.host, t)
         loss = self.forward_backward(shares, totals)
+        penalty = self._penalise()
         self.strategy.reduce(self.host)
         self.method.after_backward(self.host, t)
         norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
         broken = len(not_finite(optim.state_tensors(self.optimizer)))
         loss, tokens, broken = self.ranks.totals(loss, sum(b.num_tokens for b in mine), broken)
-        if math.isfinite(loss) and math.isfinite(norm) and not broken:
+        is_sound = math.isfinite(loss + (penalty or 0.0)) and math.isfinite(norm)
+        if is_sound and not broken:
             self.optimizer.step()
             self.progress.nonfinite = 0
         else:
@@ -210,7 +212,7 @@ class Loop:
         self.progress.tokens += int(tokens)
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
-        self._record(totals.targets, loss, norm, lr, int(tokens), seconds)
+        self._record(totals.targets, loss, penalty, norm, lr, int(tokens), seconds)
         return loss
 
     def shares(self, examples: Sequence[Example]) -> list[Share]:
@@ -232,11 +234,14 @@ class Loop:
                 loss = loss * 0.0
             loss.backward()
             total += loss.item()
-        if (penalty := self.method.penalty(self.host)) is not None:
-            penalty = penalty / self.ranks.size  # the same on all ranks, whose losses are summed
-            penalty.backward()
-            total += penalty.item()
         return total
+
+    def _penalise(self) -> float | None:
+        """Add the gradients of the method's penalty, if it has one; returns it."""
+        if (penalty := self.method.penalty(self.host)) is None:
+            return None
+        (penalty / self.ranks.size).backward()  # the same on all ranks, whose gradients are summed
+        return penalty.item()
 
     def _refuse(self, examples: Sequence[Example], loss: float, norm: float, broken: int) -> None:
         """Leave the weights alone, write down which examples it was, and stop when it goes on.
@@ -268,14 +273,24 @@ class Loop:
             )
 
     def _record(
-        self, targets: int, loss: float, norm: float, lr: float, tokens: int, seconds: float
+        self,
+        targets: int,
+        loss: float,
+        penalty: float | None,
+        norm: float,
+        lr: float,
+        tokens: int,
+        seconds: float,
     ) -> None:
-        """One line of metrics; what depends on the clock or the machine stands under `wall`."""
+        """One line of metrics: `loss` is the task's, without the method's `penalty`. What depends
+        on the clock or the machine stands under `wall`.
+        """
         step, where = self.progress.step, next(self.host.model.parameters()).device
         record = {
             "step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 6),
             "loss": loss,
+            **({} if penalty is None else {"penalty": penalty}),
             "grad_norm": norm,
             "lr": lr,
             "targets": targets,

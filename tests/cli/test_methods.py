@@ -48,7 +48,7 @@ def merges(method: str, model: str) -> bool:
     torch.manual_seed(0)
     host = Host(tiny.models()[model]())
     try:
-        host.add(make_method(method))
+        host.add(make_method(method), data=tiny.Look(host.model, model))
         if host.sites["default"]:
             host.merge()
     except NotApplicable:

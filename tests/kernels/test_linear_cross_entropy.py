@@ -26,7 +26,7 @@ def operands(rows: int, d: int, words: int, dtype: torch.dtype) -> tuple[Tensor,
     return h.requires_grad_(), W, b, torch.randint(words, (rows,), generator=draw)
 
 
-@pytest.mark.parametrize(("rows", "d", "words"), [(1, 3, 2), (7, 5, 11), (13, 16, 40)])
+@pytest.mark.parametrize(("rows", "d", "words"), [(1, 3, 2), (7, 5, 11), (9, 6, 40)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_value_and_gradient_equal_the_reference(
     monkeypatch: pytest.MonkeyPatch, rows: int, d: int, words: int, bias: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,24 @@ def test_scores_take_the_clipped_gradients_and_the_new_weights(make_loop: MakeLo
     for delta, gradient in zip(deltas, moments, strict=True):
         wanted = 0.15 * (delta.E * gradient).abs()
         torch.testing.assert_close(delta.sensitivity_E, wanted, rtol=1e-4, atol=1e-12)
+
+
+def test_the_penalty_is_logged_beside_the_loss_of_the_task(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    records = {}
+    for weight in (0.0, 0.5):
+        method = AdaLoRA(init_r=4, target_r=2, orth_reg=weight)
+        loop = make_loop(folder=tmp_path / str(weight), method=method, max_steps=2)
+        loop.fit()
+        lines = loop.folder.metrics.read_text().splitlines()
+        records[weight] = [json.loads(line) for line in lines]
+    first, free = records[0.5][0], records[0.0][0]
+    assert first["loss"] == free["loss"]
+    assert first["grad_norm"] > free["grad_norm"]
+    assert free["penalty"] == 0.0
+    started = make_loop(method=AdaLoRA(init_r=4, target_r=2, orth_reg=0.5))
+    assert first["penalty"] == pytest.approx(started.method.penalty(started.host).item())
 
 
 def test_a_run_that_was_stopped_has_the_same_masks(make_loop: MakeLoop, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import BertConfig, BloomConfig, RobertaConfig, T5Config
 
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, NotApplicable
+from peftcli.export import adapter
 from peftcli.methods.bitfit import BiasDelta, BitFit
+from peftcli.methods.sparse import SparseDelta
 from peftcli.models.load import empty_model
 from tests import tiny
 
@@ -148,3 +152,40 @@ def test_roles_of_a_fused_linear_train_their_rows_alone() -> None:
 def test_a_misspelt_term_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="'qurey' matches no module"):
         Host(tiny.models()["bert"]()).add(BitFit(bias_terms=("qurey",)))
+
+
+def test_the_control_trains_as_many_weights_drawn_by_size() -> None:
+    host = Host(tiny.models()["bert"](), ["classifier"])
+    plain = count(Host(tiny.models()["bert"](), ["classifier"])) - 32 * 3 - 3
+    base = host.model(**tiny.batch("bert")).logits
+    host.add(BitFit(random_entries="equal"))
+    deltas = {site.name: (site, delta) for site, delta in host.deltas()}
+    assert sum(len(delta.values) for _, delta in deltas.values()) == plain
+    assert "classifier" not in deltas
+    total = sum(site.d_in * site.d_out for site, _ in deltas.values())
+    for site, delta in deltas.values():
+        assert isinstance(delta, SparseDelta)
+        assert abs(len(delta.values) - plain * site.d_in * site.d_out / total) <= 1
+        assert len(delta.indices.unique()) == len(delta.indices)
+    assert torch.equal(host.model(**tiny.batch("bert")).logits, base)
+
+
+def test_the_control_of_a_number_of_its_own_is_read_back(tmp_path: Path) -> None:
+    host = Host(tiny.models()["gpt2"]())
+    host.add(BitFit(random_entries=77))
+    assert host.num_parameters()[0] == 77
+    with torch.no_grad():
+        for p in host.trained().values():
+            p.normal_()
+    adapter.save(host, "default", tmp_path, "causal_lm", "base")
+    again = Host(tiny.models()["gpt2"]())
+    adapter.load(again, tmp_path)
+    batch = tiny.batch("gpt2")
+    assert torch.equal(again.model(**batch).logits, host.model(**batch).logits)
+    with pytest.raises(ConfigError, match=r"random_entries=.* has \d+ weights"):
+        Host(tiny.models()["gpt2"]()).add(BitFit(random_entries=10**7))
+
+
+def test_a_model_without_biases_has_no_equal_number() -> None:
+    with pytest.raises(NotApplicable, match="has no bias"):
+        Host(tiny.models()["llama"]()).add(BitFit(random_entries="equal"))

@@ -61,10 +61,10 @@ def test_factors_equal_the_dense_rotation_which_is_orthogonal(m: int) -> None:
     Rot = dense(delta)
     torch.testing.assert_close(Rot @ Rot.T, torch.eye(16, dtype=torch.float64))
     x = torch.randn(2, 3, 16, dtype=torch.float64)
-    wanted = delta.s[:, 0] * (x @ Rot @ linear.weight.T) + linear.bias
+    wanted = delta.s * (x @ Rot @ linear.weight.T) + linear.bias
     torch.testing.assert_close(delta(x, layer), wanted)
     W, b = delta.merged(linear.weight, linear.bias)
-    torch.testing.assert_close(W, delta.s * (linear.weight @ Rot.T))
+    torch.testing.assert_close(W, delta.s[:, None] * (linear.weight @ Rot.T))
     assert b is linear.bias
 
 

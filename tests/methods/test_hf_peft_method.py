@@ -5,6 +5,8 @@ same logits, or says why it cannot.
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # peft's advice on its own op
 make_loop = conftest.make_loop  # the fixture
 
 TYPES = [kind.value for kind in peft.PeftType]
-MISSING = {"ADAMSS": "scikit-learn"}  # what a tuner needs that is not installed with peft
+NEEDS = {"ADAMSS": ("sklearn", "scikit-learn")}  # modules that are not installed with peft
+MISSING = {kind: name for kind, (module, name) in NEEDS.items() if find_spec(module) is None}
 # What fits a model of width 32, where peft's own defaults do not.
 OPTIONS: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"n_frequency": 50},
@@ -48,6 +51,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Those whose change folds into the weights; the others keep to themselves.
 APART = {"ADAPTION_PROMPT", "LILY", "LN_TUNING", "TRAINABLE_TOKENS", *PROMPTS}
 REACHED = [kind for kind in TYPES if kind not in REFUSED and kind not in MISSING]
+# scope: the tests of one tuner run one after another
+each_tuner = pytest.mark.parametrize("kind", REACHED, scope="module")
 
 
 def bridge(kind: str, **config: Any) -> HFPeft:
@@ -68,6 +73,12 @@ def moved(host: Host) -> Host:
     return host
 
 
+@lru_cache(1)
+def looked_at(kind: str) -> Host:
+    """A moved one for the tests that leave it as it is."""
+    return moved(adapted(kind))
+
+
 def logits(model: nn.Module, name: str = "llama") -> Tensor:
     inputs = {k: v for k, v in tiny.batch(name).items() if k != "labels"}
     with torch.no_grad():
@@ -80,7 +91,7 @@ def test_every_tuner_of_the_installed_peft_is_reached_or_refused() -> None:
     assert len(REACHED) == len(TYPES) - len(REFUSED) - len(MISSING) >= 38
 
 
-@pytest.mark.parametrize("kind", REACHED)
+@each_tuner
 def test_a_tuner_trains_beside_a_base_that_stays_as_it_was(kind: str) -> None:
     host = adapted(kind)
     batch = {k: v for k, v in tiny.batch("llama").items()}
@@ -100,9 +111,9 @@ def test_a_tuner_trains_beside_a_base_that_stays_as_it_was(kind: str) -> None:
     assert all(torch.equal(state[n], base[n]) for n in base)
 
 
-@pytest.mark.parametrize("kind", REACHED)
+@each_tuner
 def test_a_tuner_s_adapter_loads_in_stock_peft_and_here(kind: str, tmp_path: Path) -> None:
-    host = moved(adapted(kind))
+    host = looked_at(kind)
     ours = logits(host.model)
     adapter.save(host, "default", tmp_path, "causal_lm", "base")
     stock = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path)
@@ -112,9 +123,9 @@ def test_a_tuner_s_adapter_loads_in_stock_peft_and_here(kind: str, tmp_path: Pat
     torch.testing.assert_close(logits(again.model), ours, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", REACHED)
+@each_tuner
 def test_a_tuner_folds_where_its_change_is_one_of_weights(kind: str) -> None:
-    host = moved(adapted(kind))
+    host = looked_at(kind)
     apart = logits(host.model)
     if kind in APART:
         with pytest.raises(ConfigError, match=r"does not fold|not linear|shares its weight"):
@@ -126,9 +137,9 @@ def test_a_tuner_folds_where_its_change_is_one_of_weights(kind: str) -> None:
     assert torch.equal(logits(host.model), apart)
 
 
-@pytest.mark.parametrize("kind", REACHED)
+@each_tuner
 def test_a_tuner_s_state_is_all_that_a_restart_needs(kind: str) -> None:
-    host = moved(adapted(kind))
+    host = looked_at(kind)
     again = adapted(kind)
     again.load_state({n: t.clone() for n, t in host.state().items()})
     assert torch.equal(logits(again.model), logits(host.model))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from peftcli.core.host import Host
@@ -15,6 +17,7 @@ from peftcli.methods.full import Full
 from peftcli.methods.hft import HFT, half_reset
 from peftcli.models.load import empty_model
 from tests import tiny
+from tests.conftest import Cli
 from tests.train.conftest import MakeLoop, make_loop, one_thread  # noqa: F401  (fixtures)
 
 LLAMA_2_7B = LlamaConfig(intermediate_size=11008, tie_word_embeddings=False)
@@ -130,11 +133,40 @@ def test_what_rests_stays_bit_for_bit(resample: str, make_loop: MakeLoop, tmp_pa
         assert torch.equal(p, base[name]) != (name in method.drawn(loop.host, 0)), name
 
 
-def test_half_reset_keeps_exactly_the_chosen_part() -> None:
-    tuned, base = (
-        {"a": torch.ones(2), "b": torch.ones(2)},
-        {"a": torch.zeros(2), "b": torch.zeros(2)},
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_half_reset_keeps_exactly_the_chosen_part(model: str) -> None:
+    host, base = Host(tiny.models()[model]()), tiny.models()[model]()
+    with torch.no_grad():
+        for p in host.model.parameters():
+            p.add_(1.0)
+    tuned = {n: p.clone() for n, p in host.model.named_parameters()}
+    back = half_reset(host, base, seed=3)
+    kept = HFT(seed=3).drawn(host, 0)
+    assert kept | set(back) == set(tuned)
+    assert not kept & set(back)
+    for name, p in host.model.named_parameters():
+        whole = tuned[name] if name in kept else base.get_parameter(name)
+        assert torch.equal(p, whole), name
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_exported_model_has_half_of_its_tensors_from_the_base(
+    method: str, cli: Cli, tiny_run: list[str], models: Path, tmp_path: Path
+) -> None:
+    words = [word for word in tiny_run if not word.startswith("method.")]
+    run = [*words, f"method={method}", "trainer.max_steps=3", "optimizer.lr=1e-2"]
+    cli("train", *run, *(["method.target_modules=all-linear"] if method == "lora" else []))
+    told = cli("export", "run", "--half-reset", 1, "--output", "mixed", "--json").stdout
+    mixed, base = (
+        load_file(tmp_path / "mixed/model.safetensors"),
+        load_file(models / "llama/model.safetensors"),
     )
-    mixed = half_reset(tuned, base, {"a"})
-    assert mixed["a"] is tuned["a"]
-    assert mixed["b"] is base["b"]
+    same = {n for n in base if n in mixed and torch.equal(mixed[n], base[n])}
+    linears = [n for n in base if n.endswith("proj.weight")]
+    assert json.loads(told)["tensors_reset"] == 3 * 2 + 4 + 1 + 3  # of attention, ffn, norms
+    assert 0 < len(same & set(linears)) < len(linears)
+    for i in range(3):
+        mine = {n for n in linears if f".{i}.self_attn" in n}
+        assert len(mine & same) == 2
+    said = cli("export", "run", "--half-reset", "--to", "adapter", "--output", "x", code=2).stderr
+    assert "--half-reset goes with --to merged" in said

@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DebertaV2Config
 
+from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.core.method import Step
-from peftcli.core.site import Site
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
 from peftcli.methods.id3 import ID3, Budget, first_largest
+from peftcli.methods.lora import LoRA
 from peftcli.models.load import empty_model
+from peftcli.train.objective import Totals
 from tests import tiny
 from tests.train import conftest
 from tests.train.conftest import MakeLoop, interrupted
@@ -51,7 +54,7 @@ def test_the_budget_is_spent_evenly_and_the_first_steps_get_the_rest() -> None:
 def test_scores_are_the_worked_example(exp: float, wanted: list[float], best: int) -> None:
     linear = nn.Linear(4, 1, bias=False)
     linear.weight.data = torch.tensor([[0.5, -0.1, 2.0, 0.0]])
-    H = ID3(exp=exp).score(torch.tensor([0.4, -0.2, 1.0, 0.05]), Site("m", linear, "linear", 4, 1))
+    H = ID3(exp=exp).score(torch.tensor([0.4, -0.2, 1.0, 0.05]), linear.weight.flatten)
     torch.testing.assert_close(H, torch.tensor(wanted), rtol=1e-6, atol=1e-6)
     assert first_largest(H, 1).tolist() == [best]
 
@@ -244,3 +247,88 @@ def test_budgets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(NotApplicable, match="less than one"):
         host.add(ID3(density=1e-9))
     assert not host.adapters
+
+
+# -- over the parameters of another method ---------------------------------------------------------
+LORA: dict[str, Any] = {"over": "lora", "over_options": {"r": 2, "target_modules": ["q", "v"]}}
+
+
+def of_the_adapter(host: Host) -> dict[str, Tensor]:
+    return {n: p for n, p in host.trained().items() if is_own(n)}
+
+
+@pytest.mark.parametrize("exp", [0.0, 1.0])
+def test_over_lora_the_run_is_that_of_a_masked_adam_and_the_rest_stays(
+    exp: float, make_loop: MakeLoop
+) -> None:
+    B, T, lr = 30, 4, 0.01
+    options = {"lr": lr, "max_steps": T, "max_grad_norm": 100.0}
+    loop = make_loop(method=ID3(budget=B, exp=exp, **LORA), **options)
+    plain = make_loop(method=LoRA(r=2, target_modules=("q", "v")), **options)
+    start = {n: p.detach().clone() for n, p in of_the_adapter(loop.host).items()}
+    weights = list(of_the_adapter(plain.host).values())
+    assert all(torch.equal(w, s) for w, s in zip(weights, start.values(), strict=True))
+    masks = [torch.zeros_like(w, dtype=torch.bool) for w in weights]
+    for group in plain.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    for s, n in enumerate((8, 8, 7, 7)):
+        (share,) = plain._shares([plain.examples[i] for i in plain.plan.rows(plain._order(0), s)])
+        plain._forward_backward([share], Totals.of([share.batch]))
+        _mask_and_cut(weights, masks, ID3(exp=exp), n)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+        plain.scheduler.step()
+    loop.fit()
+    for ours, w in zip(of_the_adapter(loop.host).values(), weights, strict=True):
+        torch.testing.assert_close(ours, w, atol=1e-7, rtol=1e-5)
+    changed = [ours != start[n] for n, ours in of_the_adapter(loop.host).items()]
+    assert all(torch.equal(c, m) for c, m in zip(changed, masks, strict=True))
+    assert sum(int(m.sum()) for m in masks) == B
+
+
+def test_over_lora_what_is_published_is_a_plain_lora(make_loop: MakeLoop, tmp_path: Path) -> None:
+    loop = make_loop(method=ID3(budget=20, **LORA), max_steps=3)
+    loop.fit()
+    adapter.save(loop.host, "default", tmp_path, "causal_lm", "base")
+    assert adapter.read_config(tmp_path)["peft_type"] == "LORA"
+    theirs = peft.PeftModel.from_pretrained(tiny.models()["llama"](), tmp_path).eval()
+    batch = tiny.batch("llama")
+    wanted = loop.host.model.eval()(**batch).logits
+    torch.testing.assert_close(theirs(**batch).logits, wanted, atol=1e-6, rtol=1e-5)
+    loop.host.remove("default")
+    assert not any(map(is_own, loop.host.model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("over", "options"),
+    [("adalora", {"tinit": 1, "tfinal": 2, "init_r": 4, "target_r": 2}), ("compacter", {})],
+)
+def test_over_another_method_a_stopped_run_ends_the_same(
+    over: str, options: dict[str, Any], make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    made = {"max_steps": 6, "method": ID3(budget=50, over=over, over_options=options)}
+    straight = make_loop(folder=tmp_path / "straight", **made)
+    straight.fit()
+    again = {**made, "method": ID3(budget=50, over=over, over_options=options)}
+    paused = interrupted(make_loop, tmp_path / "paused", [2, 4], **again)
+    wanted, state = straight.host.state(), paused.host.state()
+    assert wanted.keys() == state.keys()
+    assert all(torch.equal(t, wanted[n]) for n, t in state.items())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"over": "loora"}, "no method 'loora'. Did you mean lora"),
+        ({"over": "full"}, "it is selective"),
+        (
+            {"over": "lora", "over_options": {"rr": 2}},
+            r"over_options, for method.over=lora: .*\brr\b",
+        ),
+        ({"over_options": {"r": 2}}, "that method.over names"),
+        ({"budget": 10**5, **LORA}, "what method.over trains has 672 weights"),
+    ],
+)
+def test_what_cannot_be_unmasked_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Host(tiny.models()["llama"]()).add(ID3(**fields))

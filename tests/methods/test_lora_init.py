@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import peft
 import pytest
@@ -209,6 +209,23 @@ def test_lora_one_starts_at_the_best_part_of_a_gradient_step() -> None:
     step = -1.5 / (128 * S[0]) * (U[:, :3] * S[:3] @ Vh[:3])
     torch.testing.assert_close(delta.delta(linear.weight), step, atol=1e-7, rtol=1e-5)
     assert delta.A0 is None
+
+
+def test_lora_one_and_loftq_alone_do_not_promise_to_start_at_the_base() -> None:
+    elsewhere = {
+        init
+        for init in get_args(get_type_hints(LoRA)["init"])
+        if not LoRA(init=init).starts_at_base
+    }
+    assert elsewhere == {"lora_one", "loftq"}
+    host = Host(tiny.models()["llama"]())
+    data, (x, layer) = look(host.model), (torch.randn(3, 32), "model.layers.0.self_attn.q_proj")
+    base = host.model.get_submodule(layer)(x)
+    host.add(LoRA(r=2, init="lora_one", target_modules=("q",)), data=data)
+    delta = next(delta for site, delta in host.deltas() if site.path == layer)
+    moved = delta.scale * x @ delta.A.T @ delta.B.T
+    torch.testing.assert_close(host.model.get_submodule(layer)(x) - base, moved)
+    assert moved.abs().max() > 1e-6
 
 
 def test_lora_one_descends_the_loss_of_the_data_it_saw() -> None:

@@ -101,3 +101,17 @@ def test_a_direct_prefix_starts_small() -> None:
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(ConfigError, match="leave nothing to train"):
         Host(tiny.bert()).add(MAM(prefix_length=0, ffn_r=0))
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({}, "no adapter of a prefix and branches"),
+        ({"ffn_r": 0}, "counts the prefix in positions"),
+        ({"prefix_length": 0}, "no such method"),
+    ],
+)
+def test_it_says_why_peft_cannot_hold_it(fields: dict[str, int], why: str) -> None:
+    host = Host(tiny.llama())
+    host.add(MAM(**{"prefix_length": 3, "ffn_r": 4, **fields}))
+    assert why in (host.adapters["default"].hf_refuses(host, "default") or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedConfig,
@@ -19,11 +22,13 @@ from transformers import (
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
+from peftcli.methods.cloze import ClozeTokens, Words
 from peftcli.methods.p_tuning import PTuning
 from peftcli.methods.prefix_tuning import PrefixTuning, prefixes_of
 from peftcli.methods.prompt import LaidTokens, prompt_of
 from peftcli.models.load import empty_model
 from tests import tiny
+from tests.conftest import Cli
 
 CLS, SEP, FIRST = 2, 3, 100  # [CLS], [SEP], the first laid id
 
@@ -94,6 +99,22 @@ def test_the_template_of_a_decoder_stands_around_the_subject() -> None:
     p = [FIRST + i for i in range(3)]
     assert laid(1, 2, False, [[11, 12]]) == [[p[0], 11, 12, *p[1:]]]
     assert laid(1, 2, False, [[11, 0], [11, 12]]) == [[p[0], 11, *p[1:], 0], [p[0], 11, 12, *p[1:]]]
+
+
+MASK, STOP = 4, 9
+
+
+def test_a_cloze_template_has_a_mask_and_ends_in_tokens_or_a_stop() -> None:
+    p = [FIRST + i for i in range(9)]
+
+    def cloze(template: tuple[int, int, int], *row: int) -> list[int]:
+        ids = torch.tensor([row])
+        tokens = ClozeTokens(FIRST, template, Words(MASK, STOP, [0]))
+        return tokens.lay(ids, tokens.columns(ids, None))[0].tolist()
+
+    wanted = [CLS, *p[:3], MASK, *p[3:6], 11, 12, *p[6:], SEP]
+    assert cloze((3, 3, 3), CLS, 11, 12, SEP) == wanted
+    assert cloze((1, 1, 0), CLS, 11, SEP) == [CLS, p[0], MASK, p[1], 11, STOP, SEP]
 
 
 def test_laid_ids_find_their_rows_in_order_and_leave_the_others() -> None:
@@ -169,6 +190,86 @@ def test_prompts_of_peft_are_read_and_written(model: str, kind: str, tmp_path: P
     stock = peft.PeftModel.from_pretrained(tiny.models()[model](), tmp_path / "ours").eval()
     ours = host.model(**batch).logits
     torch.testing.assert_close(stock(**batch).logits[:, -9:], ours, atol=1e-5, rtol=1e-4)
+
+
+# -- words for classes -----------------------------------------------------------------------------
+GOOD = {"no": "bad", "yes": "good"}
+
+
+@pytest.fixture(scope="module")
+def filler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BERT that fills masks."""
+    folder = tiny.tiny_bert(tmp_path_factory.mktemp("filler"))
+    config = BertConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+class Classes(tiny.Look):
+    """A task with two classes."""
+
+    labels = ("no", "yes")
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_class_is_what_the_masked_head_says_of_its_word(filler: Path) -> None:
+    host = Host(BertForMaskedLM.from_pretrained(filler).eval())
+    data = Classes(filler)
+    method = PTuning(variant="v1", template=(2, 1, 0), encoder="none", label_words=GOOD)
+    host.add(method, data=data)
+    prompt, table = prompt_of(host, "default"), host.model.get_input_embeddings().weight
+    with torch.no_grad():
+        prompt.E.copy_(table[[20, 21, 22]])
+    text = data.tokenizer(["the dog is lazy", "a film"], return_tensors="pt", padding=True)
+    read, mask, stop = data.tokenizer.convert_tokens_to_ids, data.tokenizer.mask_token_id, "."
+    words = [read("bad"), read("good")]
+    plain = BertForMaskedLM.from_pretrained(filler).eval()
+    for row, wanted in zip(text["input_ids"], host.model(**text).logits, strict=True):
+        ids = row[row != 0].tolist()
+        laid = [ids[0], 20, 21, mask, 22, *ids[1:-1], read(stop), ids[-1]]
+        logits = plain(input_ids=torch.tensor([laid])).logits[0, 3, words]
+        torch.testing.assert_close(wanted, logits, atol=1e-6, rtol=1e-5)
+
+
+def test_a_run_with_words_for_classes_trains_the_prompt_alone(
+    filler: Path, cli: Cli, tmp_path: Path
+) -> None:
+    rows = [{"text": f"film {w} {i}", "label": c} for i in range(12) for c, w in GOOD.items()]
+    file = tmp_path / "films.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["method=p_tuning", "method.variant=v1", "method.label_words={no: bad, yes: good}"]
+    words += [f"model.name_or_path={filler}", "dataset=file", f"dataset.path={file}"]
+    words += ["dataset.format=classification", "dataset.eval_samples=6", "trainer.max_steps=6"]
+    words += ["optimizer.lr=1e-2"]
+    cli(*words, f"run_dir={tmp_path / 'run'}")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    after = result["train_info"]["metrics"]["after"]
+    assert after["loss"] != result["train_info"]["metrics"]["before"]["loss"]
+    assert result["train_info"]["num_trainable_params"] == 9 * 32  # folded, and no classifier
+    again = json.loads(cli("eval", "run", "--json").stdout)["metrics"]
+    assert again["loss"] == pytest.approx(after["loss"], abs=1e-5)
+    bare = [word for word in words if "label_words" not in word]
+    for given, why in {
+        "{no: bad, yes: goodness}": "'goodness' is ['good',",
+        "{no: bad}": "the classes are no, yes",
+        "{no: good, yes: good}": "must give each class a word of its own",
+    }.items():
+        assert why in cli("check", *bare, f"method.label_words={given}", code=2).stderr
+
+
+def test_words_need_a_masked_head(cli: Cli, models: Path) -> None:
+    with pytest.raises(ConfigError, match="v2 lays no mask"):
+        PTuning(label_words=GOOD)
+    with pytest.raises(ConfigError, match="LlamaForCausalLM fills no mask"):
+        adapted("llama", variant="v1", template=(3, 0, 0), label_words=GOOD)
+    words = ["+recipe=lora_minilm", "method=p_tuning", "method.variant=v1"]
+    words += ["dataset.on_overlong=drop"]
+    words += ["method.label_words={negative: bad, positive: good}"]
+    for model, why in {"bert": "has no masked-language head", "llama": "this is llama"}.items():
+        assert why in cli("check", *words, f"model.name_or_path={models / model}", code=2).stderr
 
 
 def test_a_backbone_that_trains_has_a_rate_of_its_own() -> None:

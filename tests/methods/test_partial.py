@@ -8,7 +8,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    BartConfig,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, NotApplicable
@@ -16,6 +23,10 @@ from peftcli.export import adapter
 from peftcli.methods.partial import Partial
 from peftcli.models.load import empty_model
 from tests import tiny
+from tests.train import conftest
+from tests.train.conftest import MakeLoop, interrupted
+
+make_loop = conftest.make_loop  # the fixture
 
 LLAMA_2_7B = LlamaConfig(intermediate_size=11008, tie_word_embeddings=False)
 
@@ -207,6 +218,69 @@ def test_norms_travel_to_peft_and_back(model: str, tmp_path: Path) -> None:
         ours, stock, again = (m(**batch).logits for m in (host.model, theirs, back.model))
     torch.testing.assert_close(stock, ours)
     torch.testing.assert_close(again, ours)
+
+
+# -- features of the frozen prefix -----------------------------------------------------------------
+def test_a_frozen_prefix_runs_once_an_example_and_trains_the_same(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    options = {"packing": False, "max_steps": 14, "lr": 1e-3}
+    plain = make_loop(folder=tmp_path / "plain", method=Partial(), **options)
+    cached = make_loop(method=Partial(cache_frozen_prefix=True), **options)
+    frozen = [cached.host.model.get_submodule(f"model.layers.{i}.mlp") for i in (0, 1)]
+    calls = []
+    for mlp in frozen:
+        mlp.register_forward_hook(lambda *_: calls.append(1))
+    plain.fit()
+    cached.fit()
+    assert len(calls) == 2 * 22  # examples, of which 14 steps see each two or three times
+    mine, wanted = cached.host.state(), plain.host.state()
+    assert mine.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(mine[name], tensor, atol=1e-6, rtol=1e-4)
+    evaluated = [loop.host.model.eval()(**tiny.batch("llama")).logits for loop in (plain, cached)]
+    torch.testing.assert_close(*evaluated, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 2 * 22 + 2
+
+
+def test_a_run_with_kept_features_that_was_stopped_ends_bit_for_bit_the_same(
+    make_loop: MakeLoop, tmp_path: Path
+) -> None:
+    options = {"max_steps": 9, "method": Partial(cache_frozen_prefix=True)}
+    straight = make_loop(folder=tmp_path / "straight", **options)
+    straight.fit()
+    paused = interrupted(make_loop, tmp_path / "paused", [4], **options)
+    wanted = straight.host.state()
+    assert all(torch.equal(t, wanted[n]) for n, t in paused.host.state().items())
+
+
+def test_a_head_alone_keeps_the_features_of_every_block(tmp_path: Path) -> None:
+    host = Host(tiny.bert(), ["classifier"])
+    host.add(Partial(preset="head", cache_frozen_prefix=True), data=tiny.Look(host.model, "bert"))
+    batch = tiny.batch("bert")
+    wanted = host.model.eval()(**batch).logits
+    torch.testing.assert_close(host.model.train()(**batch).logits, wanted, atol=1e-6, rtol=1e-5)
+    adapter.save(host, "default", tmp_path, "classification", "base")
+    again = Host(tiny.bert())
+    adapter.load(again, tmp_path)
+    assert torch.equal(again.model(**batch).logits, host.model.eval()(**batch).logits)
+    assert not again.sites["default"]
+
+
+def test_features_that_differ_or_are_not_there_are_not_kept() -> None:
+    def refused(error: type[ConfigError], match: str, host: Host, **fields: object) -> None:
+        data = tiny.Look(host.model, "bert")
+        with pytest.raises(error, match=match):
+            host.add(Partial(cache_frozen_prefix=True, **fields), data=data)
+        assert not host.trained()
+
+    refused(NotApplicable, "no block lies below", Host(tiny.bert()), preset="embed_head")
+    refused(NotApplicable, "no block lies below", Host(tiny.llama()), n_last=3)
+    refused(NotApplicable, "ViTForImageClassification is none", Host(tiny.vit()))
+    refused(NotApplicable, "T5ForConditionalGeneration is none", Host(tiny.t5()))
+    refused(ConfigError, "token_ids", Host(tiny.llama()), preset="embed_head", token_ids=(3,))
+    config = BertConfig(**{**tiny.bert().config.to_dict(), "hidden_dropout_prob": 0.1})
+    refused(ConfigError, "drop out at random", Host(BertForSequenceClassification(config)))
 
 
 # -- mistakes --------------------------------------------------------------------------------------

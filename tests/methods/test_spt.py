@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,31 +37,11 @@ MODELS = pytest.mark.parametrize("model", sorted(tiny.models()))
 STRUCTURED = pytest.mark.parametrize("structured", ["lora", "adapter"])
 
 
-class Task:
-    """The batches of `tiny.batch`, as what a method may look at."""
-
-    tokenizer = None
-    labels = ()
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        self.model, self.name = model, name
-
-    def batches(self, n: int) -> Iterator[dict[str, Tensor]]:
-        for rows in range(2, 2 + n):
-            yield tiny.batch(self.name, rows)
-
-    def forward(self, batch: Any) -> None:
-        self.model(**batch)
-
-    def loss(self, batch: Any) -> Tensor:
-        return self.model(**batch).loss
-
-
 def adapted(name: str, method: SPT) -> Host:
     """The model under the method, which has seen the task."""
     torch.manual_seed(0)
     host = Host(tiny.models()[name]())
-    host.add(method, data=Task(host.model, name))
+    host.add(method, data=tiny.Look(host.model, name))
     return host
 
 
@@ -140,7 +119,7 @@ def test_weights_of_all_tensors_are_ranked_together() -> None:
 @MODELS
 def test_sensitivities_are_sums_of_squared_gradients(model: str) -> None:
     host = Host(tiny.models()[model]())
-    task = Task(host.model, model)
+    task = tiny.Look(host.model, model)
     host.matched[""] = {}
     sites = host.find("all-linear")
     vectors = [n for n, p in host.model.named_parameters() if p.ndim == 1]
@@ -166,16 +145,58 @@ def test_sensitivities_are_sums_of_squared_gradients(model: str) -> None:
 
 @STRUCTURED
 @MODELS
-def test_it_starts_at_the_base_near_its_budget(model: str, structured: Structured) -> None:
-    host = adapted(model, SPT(structured=structured, **SMALL))
-    base = Host(tiny.models()[model]())
+def test_it_starts_at_the_base_and_trains_what_comes_nearest_its_budget(
+    model: str, structured: Structured
+) -> None:
+    method = SPT(structured=structured, **SMALL)
+    host, base = adapted(model, method), Host(tiny.models()[model]())
     torch.testing.assert_close(logits(host, model), logits(base, model), atol=3e-6, rtol=1e-5)
     deltas = [delta for _, delta in host.deltas()]
     masks: Any = host.shared()
     single = sum(int(masks[n].sum()) for n in masks.names)
     tokens = sum(p.numel() for n, p in host.trained().items() if n.endswith("cls_token"))
     total = sum(p.numel() for d in deltas for p in d.parameters()) + single + tokens
-    assert 1000 < total <= 4000  # thresholds make it jump
+    offered = [tokens + n for n in all_totals(base, model, method)]
+    distances = [abs(n - 2000) for n in offered if n <= 4000]
+    assert total in offered
+    assert abs(total - 2000) == min(distances)
+
+
+def all_totals(host: Host, model: str, method: SPT) -> list[int]:
+    """What each of the 79 numbers of most sensitive weights costs, counted tensor by tensor."""
+    host.matched[""] = {}
+    sites = host.find("all-linear")
+    norms = [site.module for site in host.places("norm")]
+    ours = {id(p) for module in [*norms, *(s.module for s in sites)] for p in module.parameters()}
+    vectors = [n for n, p in host.model.named_parameters() if p.ndim == 1 and id(p) in ours]
+    scores = sensitivities(host, sites, vectors, tiny.Look(host.model, model), 2)
+    sizes = [s.numel() for s in scores]
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    order = torch.cat([s.flatten() for s in scores]).argsort(descending=True, stable=True)
+    prices = [method.price(s) for s in sites] + [
+        method.vector_price(n) for n in sizes[len(sites) :]
+    ]
+    found = []
+    for i in range(1, 80):
+        counts = owner[order[: i * method.step]].bincount(minlength=len(sizes)).tolist()
+        found.append(
+            sum(p.whole if n >= p.trigger else n for n, p in zip(counts, prices, strict=True))
+        )
+    return found
+
+
+def test_what_trains_in_any_case_counts_towards_the_budget() -> None:
+    S, price = torch.arange(1.0, 101.0), SPT().vector_price(10**6)
+    assert [len(allocate([S], [price], 30, 10, n)[0]) for n in (0, 10, 25, 45)] == [30, 20, 10, 10]
+    with pytest.raises(ConfigError, match="more than twice"):
+        allocate([S], [price], 30, 10, 51)
+
+
+def test_without_data_nobody_can_choose() -> None:
+    host = Host(tiny.models()["llama"]())
+    with pytest.raises(ConfigError, match=r"method\.allocation"):
+        host.add(SPT(**SMALL))
+    assert not host.adapters
 
 
 @MODELS

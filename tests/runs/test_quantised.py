@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from peftcli.core import weights
 from peftcli.models.load import Loaded, load_model
 from peftcli.models.source import resolve
 from peftcli.settings import Model, Quantization, Task
-from tests.conftest import Cli
+from tests.conftest import Cli, signalled
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
@@ -53,7 +54,7 @@ def test_a_new_head_is_not_quantised(models: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", BITS)
-def test_a_run_on_few_bits_learns_resumes_and_publishes(
+def test_a_run_on_few_bits_learns_and_publishes(
     kind: str, cli: Cli, tiny_run: list[str], tmp_path: Path
 ) -> None:
     words = [*tiny_run, f"quantization={kind}", "optimizer.lr=1e-2"]
@@ -63,12 +64,23 @@ def test_a_run_on_few_bits_learns_resumes_and_publishes(
     records = [json.loads(line) for line in lines]
     losses = [r["loss"] for r in records if "loss" in r]
     assert losses[-1] < losses[0]
-    cli(*words, "trainer.save_steps=3", "run_dir=parts")
-    for name in ("adapter", "result.json"):
-        assert (tmp_path / "parts" / name).exists()
+    assert (tmp_path / "whole" / "adapter").exists()
     again = json.loads(cli("eval", "whole", "--json").stdout)["metrics"]
     after = json.loads((tmp_path / "whole" / "result.json").read_text())["train_info"]["metrics"]
     assert again["loss"] == pytest.approx(after["after"]["loss"], abs=1e-5)
+
+
+def test_a_run_on_few_bits_that_was_stopped_ends_the_same(
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*tiny_run, "quantization=nf4"]
+    cli(*words, "run_dir=whole")
+    signalled(monkeypatch, 3)
+    cli(*words, "run_dir=parts", code=75)
+    cli(*words, "run_dir=parts")
+    file = "adapter/adapter_model.safetensors"
+    whole, parts = (load_file(tmp_path / folder / file) for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_merging_says_onto_what_and_what_it_changed(

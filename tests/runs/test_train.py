@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import Cli, environment
+from peftcli.train.folder import RunFolder
+from tests.conftest import Cli, environment, signalled
 
 
 def test_a_run_leaves_its_folder(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
@@ -74,6 +77,20 @@ def test_a_second_start_of_a_finished_run_changes_nothing(
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_of_an_earlier_version_that_lacks_groups_and_keys_goes_on(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    cli(*tiny_run)
+    (run_dir / "result.json").unlink()
+    for path in (run_dir / "config.yaml", run_dir / "checkpoints" / "config.yaml"):
+        written = OmegaConf.load(path)
+        del written.launch, written.trainer.compile, written.method.dropout
+        OmegaConf.save(written, path)
+    assert "resuming after step" in cli(str(run_dir)).stderr
+    assert (run_dir / "result.json").exists()
+
+
 def test_another_configuration_in_the_same_folder_is_refused_with_the_difference(
     cli: Cli, tiny_run: list[str], tmp_path: Path
 ) -> None:
@@ -92,32 +109,17 @@ def start(words: list[str], cache: Path, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def stop_after(
-    process: subprocess.Popen[str], run: Path, step: int, number: int = signal.SIGTERM
-) -> str:
-    """Send the signal as soon as metrics.jsonl shows the step; returns stderr."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        metrics = run / "metrics.jsonl"
-        if metrics.exists() and f'{{"step": {step}, "epoch"' in metrics.read_text():
-            process.send_signal(number)
-            break
-        time.sleep(0.005)
-    _, err = process.communicate(timeout=90)
-    return err
-
-
 def test_forty_steps_interrupted_at_7_and_23_end_bit_identical(
-    cli: Cli, tiny_run: list[str], cache: Path, tmp_path: Path
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [w for w in tiny_run if not w.startswith(("run_dir", "trainer.max_steps"))]
     words += ["trainer.max_steps=40", "trainer.eval_steps=10", "method.dropout=0.1"]
     cli(*words, f"run_dir={tmp_path / 'straight'}")
     broken = tmp_path / "broken"
     for step in (7, 23):
-        process = start([*words, f"run_dir={broken}"], cache, tmp_path)
-        err = stop_after(process, broken, step)
-        assert process.returncode == 75, err
+        signalled(monkeypatch, step)
+        err = cli(*words, f"run_dir={broken}", code=75).stderr
+        assert f"after step {step} of 40" in err
         assert "Traceback" not in err
     cli(*words, f"run_dir={broken}")
     straight = tmp_path / "straight"
@@ -151,18 +153,11 @@ def test_sigint_in_the_first_moments_ends_with_75_and_no_traceback(
         assert "Traceback" not in err
 
 
-def test_two_runs_in_one_folder_are_refused(
-    cli: Cli, tiny_run: list[str], cache: Path, tmp_path: Path
-) -> None:
-    process = start([*tiny_run, "trainer.max_steps=4000"], cache, tmp_path)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    refused = cli(*tiny_run, "trainer.max_steps=4000", code=2)
-    assert "in use by another run" in refused.stderr
-    os.kill(process.pid, signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 75
+def test_two_runs_in_one_folder_are_refused(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run").locked():
+        refused = cli(*tiny_run, code=2)
+    told = " ".join(refused.stderr.split())
+    assert f"in use by another run ({socket.gethostname()} process {os.getpid()})" in told
 
 
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])

@@ -106,7 +106,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             ranks = stopper.ranks = strategy.ranks
             host = Host(tiny.models()["llama"]())
             method = method or LoRA(r=2, dropout=dropout, target_modules="all-linear")
-            packing = packing and not method.lays_tokens
+            packing = packing and method.packs and not method.lays_tokens
             if packing:
                 use_packed_attention(host.model)
             head = None if method.lays_tokens else direct_head(host.model)
