@@ -38,7 +38,14 @@ def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
     per_step = max(1, int(lengths.sum()) * plan.batch // len(lengths))
     recompute = run.trainer.gradient_checkpointing
     return Estimate(
-        estimates.held(host, parts.device, state, ranks, strategies.shards(run)),
+        estimates.held(
+            host,
+            parts.device,
+            state,
+            ranks,
+            strategies.shards(run),
+            strategies.num_divided(run, host),
+        ),
         estimates.checkpoint_bytes(host, state),
         estimates.seconds(host, parts.device, parts.dtype, per_step, plan.total, recompute, ranks),
     )

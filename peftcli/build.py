@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from peftcli.core.host import Host
 from peftcli.data.collate import Collator, make_collator
@@ -119,6 +120,29 @@ def build(
     )
 
 
+def empty_host(run: Run, classes: int | None = None) -> tuple[Host, Task]:
+    """The model that `run` names without its weights, on the meta device, and without its method:
+    for counting. With `classes`, it has a fresh head for so many, which trains.
+
+    Raises `ConfigError` where neither `model.architecture` nor the model's files say its sizes.
+    """
+    base = sizes_of(run)
+    task = load.infer_task(run.model, base, "auto")
+    if classes is None:
+        return Host(load.empty_model(base, task, cloze=run.method.fills_mask)), task
+    images = "image_classification" in load.offers(base)
+    task = "image_classification" if images else "classification"
+    model = load.empty_model(base, task, tuple(map(str, range(classes))))
+    return Host(model, load.head_of(model)), task
+
+
+def sizes_of(run: Run) -> PreTrainedConfig:
+    """The sizes of a model: of `model.architecture`, else of its files."""
+    if run.model.architecture:
+        return load.config_of(run.model.architecture)
+    return load.load_config(resolve(run.model, cache_dir()), run.model)
+
+
 def _precision(run: Run, where: torch.device) -> torch.dtype | None:
     wanted = run.trainer.bf16
     if wanted == "auto":
@@ -157,14 +181,11 @@ def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str |
 
 
 def adapt(parts: Parts) -> None:
-    """Set the run's method up on the model, drawing from the stream `init`; then spread it over the
-    ranks, all of which have set up the same.
-    """
+    """Set the run's method up on the model, drawing from the stream `init`; all ranks alike."""
     was_training, host = parts.model.training, parts.host
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
         host.add(parts.run.method, data=preview(parts))
-    parts.strategy.spread(host, parts.device)
     if parts.run.trainer.compile:
         compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)

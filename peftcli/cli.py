@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
-from peftcli.dist import causes
+from peftcli.dist import causes, slurm
 from peftcli.errors import OF_DISKS, ConfigError, DataError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ TRAIN_HELP = """\
   --dry-run           with -m: list the members, which are done, and what the others will cost
   --retry-failed      with -m: run those that failed again
   sweep.search=KIND   with -m: random, optuna or de instead; `peft-train explain sweep` tells more
+  +table=NAME         with -m: the runs of a published table; `peft-train table +table` lists them
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml
   --cfg job|hydra|all [--resolve] [-p PACKAGE]    print the configuration and stop
@@ -182,6 +183,8 @@ def train(words: list[str]) -> int:
         return 0
     from peftcli import hydra_app
 
+    slurm.translate(os.environ)
+    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     stop_on_signals()
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):
@@ -209,6 +212,10 @@ def sweep(args: argparse.Namespace) -> int:
     """Every member of a sweep in a process of its own."""
     if "RANK" in os.environ:
         raise ConfigError("a sweep starts the processes of its runs itself: leave torchrun out.")
+    if any(word.startswith("+table") for word in args.overrides):
+        from peftcli.sweep import of_table
+
+        return of_table.main(args)
     from peftcli.sweep import engine
 
     return engine.main(args)

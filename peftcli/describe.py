@@ -15,9 +15,10 @@ from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
+from peftcli.dist import ds_config
 from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
-from peftcli.settings import Run, Task
+from peftcli.settings import DeepSpeed, Run, Task
 from peftcli.train import device
 from peftcli.train.estimate import Estimate, Memory
 from peftcli.train.folder import RunFolder
@@ -199,6 +200,7 @@ def _training(parts: Parts, steps: Plan, cost: Estimate, memory: Memory | None) 
         "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
         f" {run.scheduler.name} schedule",
         "processes": f"{budget.num_ranks(run, steps)}, strategy={run.strategy.name}",
+        **_without_effect(run),
         "memory": f"{budget.in_words(cost.held, memory)}; free "
         f"{size(device.available_memory(parts.device))}",
         "disk": f"{size(cost.checkpoint)} a checkpoint, at most {size(disk.needed)} at a time;"
@@ -207,6 +209,12 @@ def _training(parts: Parts, steps: Plan, cost: Estimate, memory: Memory | None) 
         "seed": run.seed,
         "run_dir": run.run_dir,
     }
+
+
+def _without_effect(run: Run) -> dict[str, str]:
+    """What of a DeepSpeed file the loop does itself."""
+    unused = ds_config.unused(run.strategy) if isinstance(run.strategy, DeepSpeed) else []
+    return {"no effect": f"of strategy.config: {', '.join(unused)}"} if unused else {}
 
 
 def _shown(value: Any) -> str:

@@ -33,7 +33,7 @@ NEEDED = (
 OPTIONAL = {
     "peft": "its methods, and checks against it",
     "bitsandbytes": "4- and 8-bit weights, 8-bit optimizers",
-    "deepspeed": "strategy=deepspeed",
+    "deepspeed": "strategy=deepspeed with strategy.zero_stage=3",
     "triton": "kernels on a GPU",
     "tensorboard": "logger=tensorboard",
     "wandb": "logger=wandb",

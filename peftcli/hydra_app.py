@@ -216,6 +216,11 @@ def _without(cfg: DictConfig, *keys: str) -> DictConfig:
 def refuse_sweep_words(overrides: Sequence[str]) -> None:
     """Raise `ConfigError` for a word about a sweep where there is none."""
     for line in overrides:
+        if line.startswith("+table"):
+            raise ConfigError(
+                f"{line}: is many runs. `peft-train -m {line}` runs them; `peft-train table {line}`"
+                " shows what was printed."
+            )
         if re.match(rf"[+~]*({'|'.join(cards.OF_SWEEPS)})\b", line):
             raise ConfigError(f"{line}: is about a sweep, which -m starts; this is one run.")
 

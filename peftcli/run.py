@@ -15,14 +15,14 @@ from omegaconf import DictConfig
 
 from peftcli import config, describe, record, resume
 from peftcli.budget import out_of_memory
-from peftcli.build import Parts, adapt, build, evaluator, training_collator
+from peftcli.build import Parts, adapt, build, empty_host, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.dist import launch, strategies
 from peftcli.errors import ConfigError, Stopped
 from peftcli.export import adapter, compare, publish
 from peftcli.methods import hft
-from peftcli.models import attention, load
+from peftcli.models import attention
 from peftcli.models.quantise import requantised
 from peftcli.models.source import cache_dir, is_here
 from peftcli.screen import LiveScreen, hidden_screen, log_to, say
@@ -64,15 +64,17 @@ def train(run: Run, cfg: DictConfig) -> int:
         running.parts, running.plan = parts, loop.plan
         describe.plan(parts, loop.plan, loop.optimizer)
         first_hash = parts.host.digest()
+        strategy.spread(parts.host, parts.device)
         if start.checkpoint is not None:
             loop.restore(start.checkpoint)
             say(f"resuming after step {loop.progress.step} from {start.checkpoint}", "cyan")
         with screen.training(loop.plan.total, loop.progress.step):
             progress = loop.fit()
         run.method.finish(parts.host)
-        if is_main:
-            numbers = (progress, started, screen.first_step, first_hash)
-            leave(parts, cfg, folder, *numbers)
+        with strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
+            if keeps_it:
+                numbers = (progress, started, screen.first_step, first_hash)
+                leave(parts, cfg, folder, *numbers)
     return 0
 
 
@@ -116,6 +118,7 @@ def make_loop(
     ranks = parts.strategy.ranks
     plan = Plan.of(run.trainer, len(data.train), ranks.size)
     optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+    strategies.refuse_optimizer(run, parts.host)
     streams.seed_all(run.seed, "dropout")
 
     def open_log(at: Progress) -> Log:
@@ -123,6 +126,11 @@ def make_loop(
             return NoLog()
         sink = loggers.make_sink(run, folder.path, cfg, at.step)
         return MetricsLog(folder.metrics, at.step, at.evaluated, sink)
+
+    def publish_whole(place: Path, values: dict[str, float]) -> None:
+        with parts.strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
+            if keeps_it:
+                publish.publish(parts, place, values)
 
     return Loop(
         host=parts.host,
@@ -143,7 +151,7 @@ def make_loop(
         autocast=parts.autocast,
         seed=run.seed,
         evaluate=evaluator(parts, screen.counting, stopper.poll),
-        publish=lambda place, values: publish.publish(parts, place, values),
+        publish=publish_whole,
         group_by_length=run.dataset.group_by_length and not parts.packing,
         strategy=parts.strategy,
     )
@@ -159,9 +167,9 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
         parts = build(run)
         adapt(parts)
         assert parts.data is not None
-        strategies.STRATEGIES[run.strategy.name]().refuse(parts.host)
         plan = Plan.of(run.trainer, len(parts.data.train), launch.num_ranks(run))
         optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
+        strategies.refuse_optimizer(run, parts.host)
         optim.make_scheduler(run.scheduler, optimizer, plan.total)
         found = describe.plan(parts, plan, optimizer, measured=True, quiet=as_json)
     if as_json:
@@ -174,10 +182,8 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
 
 def count(run: Run, *, as_json: bool = False) -> int:
     """What would train on a model without weights, built from `model.architecture`."""
-    base = load.config_of(run.model.architecture)
-    task = load.infer_task(run.model, base, "auto")
+    host, task = empty_host(run)
     with streams.stream(run.seed, "init"):
-        host = Host(load.empty_model(base, task, cloze=run.method.fills_mask))
         host.add(run.method)
     found = describe.count(run, host, task, quiet=as_json)
     if as_json:

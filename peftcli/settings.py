@@ -175,7 +175,25 @@ class Quantization:
 class Strategy:
     """How the work is spread over processes."""
 
-    name: Literal["single", "ddp", "fsdp"] = "single"
+    name: Literal["single", "ddp"] = "single"
+
+
+@dataclass(frozen=True)
+class FSDP(Strategy):
+    """Weights of the base are cut up, with the optimizer state of those that train."""
+
+    name: Literal["fsdp"] = "fsdp"  # pyright: ignore[reportIncompatibleVariableOverride]
+    offload: Literal["none", "optimizer"] = "none"  # to the memory of the CPU
+
+
+@dataclass(frozen=True)
+class DeepSpeed(Strategy):
+    """ZeRO: gradients and optimizer state of what trains are divided, and weights in stage 3."""
+
+    name: Literal["deepspeed"] = "deepspeed"  # pyright: ignore[reportIncompatibleVariableOverride]
+    zero_stage: Literal[1, 2, 3] = 3
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the memory of the CPU
+    config: str | None = None  # a DeepSpeed JSON file of your own, checked against the other keys
 
 
 @dataclass(frozen=True)
@@ -193,6 +211,7 @@ class Launch:
     rdzv_endpoint: str | None = None  # HOST:PORT of node 0, for several nodes
     rdzv_backend: Literal["static", "c10d"] = "static"
     timeout: Annotated[float, Gt(0.0)] = 1800.0  # seconds that a rank waits for the others
+    max_restarts: Annotated[int, Ge(0)] = 0  # after a rank was killed or broke down
 
 
 @dataclass(frozen=True)
@@ -285,6 +304,9 @@ class Sweep:
     prune: Literal["none", "median", "predict"] = "none"  # stop runs that will not be the best
     prune_after: Positive = 5  # finished runs before any is stopped; predict: 20 at least
     prune_from: Fraction = 0.2  # part of a run's steps before it may be stopped
+    match_parameters: str | None = (
+        None  # 300k or 0.3%: every method at the size that trains so many
+    )
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,15 @@ scheduler.warmup_ratio: warmup
 quantization: load_in_4bit load_in_8bit bnb_4bit_quant_type bnb_4bit_use_double_quant
 quantization: bnb_4bit_quant_storage quantization_bit quantize
 strategy: deepspeed fsdp fsdp_config distributed_type accelerator
+strategy.config: deepspeed_config ds_config deepspeed_config_file
+strategy.zero_stage: zero stage zero_optimization
+strategy.offload: cpu_offload offload_params offload_optimizer offload_param
 launch.num_processes: num_gpus devices nproc_per_node num_procs gpus world_size
 launch.nnodes: num_nodes num_machines
 launch.node_rank: machine_rank
 launch.rdzv_endpoint: master_addr master_port main_process_ip main_process_port
 launch.timeout: ddp_timeout
+launch.max_restarts: max_restarts restarts
 logger: report_to
 logger.project: wandb_project project_name
 logger.mode: wandb_mode

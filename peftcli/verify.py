@@ -89,6 +89,7 @@ class Course:
             parts = build(self.run)
             adapt(parts)
             loop = make_loop(parts, self.cfg, self.folder, self.watch, stopper)
+            parts.strategy.spread(parts.host, parts.device)
             loop.evaluate = None
             if stop > loop.plan.total:
                 raise ConfigError(

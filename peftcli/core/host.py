@@ -31,6 +31,7 @@ from peftcli.core.graft import (
 from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
 from peftcli.core.scores import Calibration
+from peftcli.core.shares import Share
 from peftcli.core.site import Site, Sublayer, find_places, find_sites, find_sublayers
 from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, DataError, did_you_mean
@@ -58,6 +59,7 @@ class Host:
         self.ranks = Ranks()  # the processes that train it; scores are summed over them
         self._selected: dict[str, set[str]] = {}  # parameter: the adapters that train it
         self._saved: dict[str, set[str]] = {}  # module trained whole: the adapters that it is of
+        self.shares: dict[str, Share] = {}  # of parameters that train, where ranks divide them
         self._unmerged: dict[str, tuple[Tensor, Tensor | None]] = {}
         self.building = ""
         for path in new_modules:
@@ -291,16 +293,28 @@ class Host:
         """
         return {n: p for n, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
+    def stepped(self) -> dict[str, nn.Parameter]:
+        """Every parameter by name, as the optimizer knows it: this rank's share of it, where there
+        is one.
+        """
+        own = {name: share.own for name, share in self.shares.items()}
+        return {**dict(self.model.named_parameters()), **own}
+
+    def _own(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Parameters of the model that ranks divide: what the optimizer has of them."""
+        return {share.parameter: share.own for share in self.shares.values()}
+
     def reset_optimizer(self, parameters: Iterable[nn.Parameter]) -> None:
         """Ask the loop to forget the optimizer's state of these parameters before the next step."""
-        self.reset_requests.extend(parameters)
+        own = self._own()
+        self.reset_requests.extend(own.get(p, p) for p in parameters)
 
     def optimizer_state(self, parameter: nn.Parameter) -> dict[str, Any]:
         """What the run's optimizer keeps of the parameter; what a method adds there is in every
         checkpoint, and in no adapter's file.
         """
         assert self.optimizer is not None, "no optimizer yet"
-        return self.optimizer.state[parameter]
+        return self.optimizer.state[self._own().get(parameter, parameter)]
 
     def recompute_activations(self) -> None:
         """Recompute activations in the backward pass instead of keeping them (gradient
@@ -324,10 +338,20 @@ class Host:
         return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
 
     # -- state -------------------------------------------------------------------------------------
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: the deltas' parameters and buffers and the selected
-        weights, by name.
+    def named_state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint holds of the model, one by one: the deltas' parameters and buffers and
+        the selected weights. What ranks divide is gathered when its turn comes: all go through.
         """
+        for name, tensor in self._state().items():
+            share = self.shares.get(name)
+            yield name, share.whole() if share else tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """All of `named_state` at once."""
+        return dict(self.named_state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """The state as it lies in the model."""
         names = {n for n in self.model.state_dict() if is_own(n)}
         names |= self._selected.keys()
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
@@ -338,7 +362,7 @@ class Host:
         trained whole.
         """
         found, whole = hashlib.sha256(), tuple(f"{path}." for path in self.saved_modules)
-        for name, tensor in self.state().items():
+        for name, tensor in self.named_state():
             if not (is_own(name) or name.startswith(whole)):
                 continue
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -346,11 +370,11 @@ class Host:
         return found.hexdigest()
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
-        """What a file holds of one adapter: its part of `state()`, under names without `name`, and
+        """What a file holds of one adapter: its part of the state, under names without `name`, and
         the selected weights.
         """
         tensors = {}
-        for full, tensor in self.state().items():
+        for full, tensor in self._state().items():
             parts = full.split(".")
             if is_own(full):
                 at = next(i for i, part in enumerate(parts) if part in ("deltas", SHARED)) + 1
@@ -363,7 +387,7 @@ class Host:
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Copy `state` into the model; names and shapes must be exactly those of `state()`."""
-        own = self.state()
+        own = self._state()
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise DataError(
@@ -371,12 +395,16 @@ class Host:
                 f"missing {missing[:3]}, {len(extra)} not expected {extra[:3]}"
             )
         for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
+            share, saved = self.shares.get(name), state[name]
+            shape = share.shape if share else tensor.shape
+            if shape != saved.shape:
                 raise DataError(
-                    f"{name}: saved with shape {tuple(state[name].shape)}, here "
-                    f"{tuple(tensor.shape)}"
+                    f"{name}: saved with shape {tuple(saved.shape)}, here {tuple(shape)}"
                 )
-            tensor.copy_(state[name])
+            if share:
+                share.own.copy_(share.part(saved))
+            else:
+                tensor.copy_(saved)
 
     # -- merging -----------------------------------------------------------------------------------
     @torch.no_grad()

@@ -79,6 +79,7 @@ class Method:
     packs: ClassVar[bool] = True  # takes several examples in one row
     fills_mask: ClassVar[bool] = False  # answers classes by words, through a masked-language head
     on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
+    size_option: ClassVar[str | None] = None  # the field by which more or fewer numbers train
 
     modules_to_save: tuple[
         str, ...

@@ -76,14 +76,31 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     return cast(nn.Parameter, module.weight)
 
 
+def whole(weight: Tensor) -> Tensor:
+    """The weight itself, or gathered where it is cut up over ranks (by FSDP2, by DeepSpeed)."""
+    w: Any = weight
+    if hasattr(w, "full_tensor"):
+        return w.full_tensor()
+    if not _is_away(w):
+        return weight
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    with GatheredParameters([w]):
+        return w.detach().clone()
+
+
+def _is_away(weight: Any) -> bool:
+    """Whether DeepSpeed has only a piece of it here now."""
+    status = getattr(weight, "ds_status", None)
+    return status is not None and status.name == "NOT_AVAILABLE"
+
+
 def dense(module: nn.Module) -> Tensor:
     """The module's weight as a dense (O, I) matrix; a view of the parameter where its storage
     allows. Outside of a forward pass a weight that is cut up over ranks is gathered: there all of
     them must ask for it.
     """
-    weight: Any = weight_of(module)
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
+    weight: Any = whole(weight_of(module))
     if is_quantised(module):
         return _dequantised(module, weight)
     if isinstance(module, Conv1D | nn.Embedding):
@@ -124,7 +141,8 @@ def shape(module: nn.Module) -> tuple[int, int]:
     if is_quantised(module):
         linear = cast(nn.Linear, module)
         return linear.out_features, linear.in_features
-    first, *rest = weight_of(module).shape
+    weight: Any = weight_of(module)
+    first, *rest = getattr(weight, "ds_shape", weight.shape)
     if isinstance(module, Conv1D | nn.Embedding):
         return rest[0], first
     return first, math.prod(rest)
@@ -132,7 +150,7 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 def sizes(model: nn.Module) -> dict[nn.Parameter, int]:
     """How many numbers each parameter holds; those in 4 bits are packed two in a byte."""
-    found = {p: p.numel() for p in model.parameters()}
+    found = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     for module in model.modules():
         if is_quantised(module):
             found[weight_of(module)] = math.prod(shape(module))

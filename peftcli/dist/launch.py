@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from peftcli.dist import causes
 from peftcli.dist.strategies import is_rank
 from peftcli.errors import ConfigError, RankEnded, Stopped
+from peftcli.screen import say
 from peftcli.settings import Launch, Run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -47,36 +48,51 @@ def starts_ranks(run: Run) -> bool:
     if run.strategy.name == "single" and size > 1:
         raise ConfigError(
             f"strategy=single: {size} processes were started, and this is a run of one. Use "
-            "strategy=ddp or strategy=fsdp."
+            "strategy=ddp, fsdp or deepspeed."
         )
     return False
 
 
 def start(run: Run, cfg: DictConfig) -> None:
-    """Run this node's ranks to their end. Raises `RankEnded` with what ended them early."""
+    """Run this node's ranks to their end, again from the newest checkpoint where they were killed
+    or broke down. Raises `RankEnded` with what ended them early.
+    """
+    for left in range(run.launch.max_restarts, -1, -1):
+        cause = _attempt(run.launch, cfg)
+        if cause is None:
+            return
+        if not left or cause.exit_code != RankEnded.exit_code:
+            raise RankEnded(cause.text, cause.exit_code)
+        say(f"{cause.text}\nstarting again ({left} of launch.max_restarts left)", "yellow")
+        if cfg.resume == "never":  # moves an earlier run aside: once
+            cfg.resume = "auto"
+
+
+def _attempt(launch: Launch, cfg: DictConfig) -> causes.Cause | None:
+    """Run the ranks once; what ended them early, or None."""
     with tempfile.TemporaryDirectory(prefix="peftcli-") as name:
         folder = Path(name)
         OmegaConf.save(cfg, folder / FILE, resolve=True)
         os.environ[causes.FOLDER] = name
         try:
-            agent = _agent(run.launch, folder)
+            agent = _agent(launch, folder)
             with _quiet(), _forwarding(agent) as forwarded:
                 result = cast(RunResult, agent.run())
         except RendezvousError as e:
             raise ConfigError(
-                f"launch.rdzv_endpoint={run.launch.rdzv_endpoint}: the nodes did not find each "
-                f"other ({e}). Start the same command on all launch.nnodes={run.launch.nnodes} "
+                f"launch.rdzv_endpoint={launch.rdzv_endpoint}: the nodes did not find each "
+                f"other ({e}). Start the same command on all launch.nnodes={launch.nnodes} "
                 "nodes, with launch.node_rank=0, 1, ..."
             ) from None
         finally:
             del os.environ[causes.FOLDER]
         if not result.is_failed():
-            return
+            return None
         exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         if forwarded and all(-code in forwarded for code in exit_codes.values()):
             raise Stopped("stopped before the ranks had begun; nothing to save")
         cause = causes.first(folder, exit_codes)
-    raise RankEnded(cause.text, cause.exit_code)
+        return cause
 
 
 def _agent(launch: Launch, folder: Path) -> LocalElasticAgent:

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_new: Any = dist  # two collectives were renamed in torch 2.13
+all_gather = getattr(_new, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(_new, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 BUCKET = 2**25  # numbers in one message: 128 MiB in float32 beside the tensors themselves
 
 
@@ -40,6 +43,21 @@ class Ranks:
 
     def copy_main_(self, tensors: Iterable[Tensor]) -> None:
         """Put rank 0's values into the tensors, which have the same shapes everywhere."""
+
+    def rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of a tensor (D, ...): of ceil(D / ranks) each, the last may have fewer.
+        """
+        each = -(-whole.shape[0] // self.size)
+        return whole[each * self.rank : each * (self.rank + 1)]
+
+    def join_(self, wholes: Iterable[Tensor], rows: Iterable[Tensor]) -> None:
+        """Put the `rows` of all ranks together in tensors (D, ...)."""
+        for whole, own in zip(wholes, rows, strict=True):
+            whole.copy_(own)
+
+    def sum_rows(self, whole: Tensor) -> Tensor:
+        """This rank's rows of the sum of a tensor over all ranks."""
+        return whole
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
         """The sums of numbers over all ranks, in float64."""
@@ -77,6 +95,28 @@ class Group(Ranks):
             dist.broadcast(flat, 0)
             _put(bucket, flat)
 
+    @torch.no_grad()
+    def join_(self, wholes: Iterable[Tensor], rows: Iterable[Tensor]) -> None:
+        """One flat all-gather for every 2^25 numbers of a rank, in the given order."""
+        wholes = list(wholes)
+        pairs = zip(wholes, rows, strict=True)
+        padded = (_padded(own, -(-whole.shape[0] // self.size)) for whole, own in pairs)
+        places = iter(wholes)
+        for bucket in _buckets(padded):
+            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
+            joined = flat.new_empty(self.size * len(flat))
+            all_gather(joined, flat)
+            parts = joined.view(self.size, -1).split([t.numel() for t in bucket], dim=1)
+            for part, whole in zip(parts, places, strict=False):  # the next bucket's come later
+                whole.copy_(part.reshape(-1, *whole.shape[1:])[: whole.shape[0]])
+
+    def sum_rows(self, whole: Tensor) -> Tensor:
+        """One reduce-scatter."""
+        each = -(-whole.shape[0] // self.size)
+        summed = whole.new_empty(each, *whole.shape[1:])
+        reduce_scatter(summed, _padded(whole, each * self.size))
+        return summed[: len(self.rows(whole))]
+
     def totals(self, *numbers: float) -> tuple[float, ...]:
         """One all-reduce on the CPU."""
         held = torch.tensor(numbers, dtype=torch.float64)
@@ -103,6 +143,14 @@ class Group(Ranks):
     def wait(self) -> None:
         """A barrier on the CPU."""
         self.most(0)
+
+
+def _padded(rows: Tensor, D: int) -> Tensor:
+    """(D, ...) with zeros below."""
+    lacking = D - rows.shape[0]
+    if not lacking:
+        return rows.contiguous()
+    return torch.cat([rows, rows.new_zeros(lacking, *rows.shape[1:])])
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

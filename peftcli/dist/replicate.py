@@ -31,13 +31,15 @@ def start_alike(host: Host, ranks: Ranks) -> None:
 @torch.no_grad()
 def sum_gradients(host: Host, ranks: Ranks) -> None:
     """Sum the gradients of everything that trains over the ranks, in the order of the names, in
-    float32. The loss is divided by the totals of all ranks already, so a sum is the mean.
+    float32, but of what sums itself. The loss is divided by the totals of all ranks already, so a
+    sum is the mean.
 
     A gradient that no rank has stays away; one that only some have is 0 on the others.
     """
     if ranks.size == 1:
         return
-    trained = list(host.trained().values())
+    shares = host.shares
+    trained = [p for n, p in host.trained().items() if n not in shares or not shares[n].reduces]
     device = trained[0].device if trained else torch.device("cpu")
     have = torch.tensor([float(p.grad is not None) for p in trained], device=device)
     ranks.sum_([have])

@@ -108,6 +108,7 @@ class AdaLoRA(Method):
     """Low-rank adaptation that gives each site the rank which it can use."""
 
     family: ClassVar[str] = "low-rank"
+    size_option: ClassVar[str | None] = "init_r"
     peft_type: ClassVar[str | None] = "ADALORA"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "init_r": "init_r",

@@ -12,8 +12,9 @@ point of it trains the fewest parameters for a score differs from task to task, 
 Sizes are D / 2^k for k = 0..8, then 1 and 0, in the paper's search; of L layers of width D the
 three parts train 2 L D (serial_r + ffn_r + prefix_length) numbers beside biases and the map that
 makes the prefix, which is folded at the end. The paper searches by Bayesian optimisation with
-Gaussian processes; here any `sweep.search` does, TPE for two metrics. The parallel branch drops
-like the base (see `parallel_adapter`), the serial one reads y alone.
+Gaussian processes; here any `sweep.search` does, TPE for two metrics. The sizes that stand here
+without a search are ours. The parallel branch drops like the base (see `parallel_adapter`), the
+serial one reads y alone.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class AutoPEFT(MAM):
     family: ClassVar[str] = "adapter"
 
     prefix_length: Annotated[int, Ge(0)] = 1
-    ffn_r: Annotated[int, Ge(0)] = 6
+    ffn_r: Annotated[int, Ge(0)] = 24
     ffn_init: Literal["lora", "bert"] = "bert"
-    serial_r: Annotated[int, Ge(0)] = 3
+    serial_r: Annotated[int, Ge(0)] = 12
     leave_out: dict[str, bool] = field(default_factory=dict)
 
     @property

@@ -121,6 +121,7 @@ class BOFT(Method):
     """Butterfly rotation of the inputs of linear layers, and a scale of their outputs."""
 
     family: ClassVar[str] = "structured"
+    size_option: ClassVar[str | None] = "block_size"
     peft_type: ClassVar[str | None] = "BOFT"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "block_size": "boft_block_size",

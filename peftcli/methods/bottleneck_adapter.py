@@ -289,6 +289,7 @@ class BottleneckAdapter(Method):
     """Adapters behind sub-layers. A field that is None has its preset's value."""
 
     family: ClassVar[str] = "adapter"
+    size_option: ClassVar[str | None] = "bottleneck_dim"
     starts_at_base: ClassVar[bool] = False  # near it: see `INITS`
 
     preset: Literal["houlsby", "pfeiffer", "adapter_plus"] = "houlsby"

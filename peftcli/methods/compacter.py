@@ -126,6 +126,7 @@ class Compacter(Method):
     """Adapters of Kronecker products, behind self-attention and feed-forward."""
 
     family: ClassVar[str] = "adapter"  # starts at the base to 1e-7
+    size_option: ClassVar[str | None] = "reduction_factor"
 
     variant: Literal["compacter", "compacter++", "phm"] = "compacter"
     n: Annotated[int, Ge(1)] = 4

@@ -55,6 +55,7 @@ class FourierFT(SpectralMethod):
     """Sparse spectrum of the weight's change."""
 
     family: ClassVar[str] = "sparse"
+    size_option: ClassVar[str | None] = "n"
     peft_type: ClassVar[str | None] = "FOURIERFT"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "n": "n_frequency",

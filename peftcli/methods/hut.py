@@ -91,6 +91,7 @@ class HUT(Method):
     """Low-rank multiplicative modulation of linear, convolution and embedding weights."""
 
     family: ClassVar[str] = "low-rank"
+    size_option: ClassVar[str | None] = "r"
     peft_type: ClassVar[str | None] = "HIRA"
     hf_fields: ClassVar[Mapping[str, str]] = {"r": "r"}
     hf_harmless: ClassVar[frozenset[str]] = frozenset(

@@ -203,6 +203,7 @@ class IntrinsicDimension(Method):
     """d numbers move every weight of the model."""
 
     family: ClassVar[str] = "sparse"
+    size_option: ClassVar[str | None] = "d"
     trains_base: ClassVar[bool] = True
     on_quantised: ClassVar[bool] = False
 
@@ -223,7 +224,7 @@ class IntrinsicDimension(Method):
         host.share(shared.to(next(iter(named.values())).device))
         host.matched[host.building]["all weights"] = len(named)
         names = {p: name for name, p in named.items()}  # of tied weights the first
-        drawn = {name: self._projection(name, p.numel(), d) for name, p in named.items()}
+        drawn = {name: self._projection(name, p, d) for name, p in named.items()}
         for path, module in list(host.model.named_modules()):
             own = {n: names[p] for n, p in module.named_parameters(recurse=False) if p in names}
             if own and not is_own(path):
@@ -274,8 +275,10 @@ class IntrinsicDimension(Method):
             )
         return d
 
-    def _projection(self, name: str, D: int, d: int) -> nn.Module:
-        draw = generator(self.seed, name)
+    def _projection(self, name: str, p: nn.Parameter, d: int) -> nn.Module:
+        if p.is_meta:
+            return nn.Identity()  # a model without weights is counted, not moved
+        D, draw = p.numel(), generator(self.seed, name)
         return Fastfood(D, d, draw) if self.projection == "fastfood" else Dense(D, d, draw)
 
     @torch.no_grad()

@@ -128,6 +128,7 @@ class Lycoris(Method):
     """
 
     family: ClassVar[str] = "low-rank"
+    size_option: ClassVar[str | None] = "r"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "r": "r",
         "alpha": "alpha",

@@ -124,6 +124,7 @@ class LowRank(Method):
     """What LoRA and DoRA have in common: ranks, scales, and their place in peft."""
 
     family: ClassVar[str] = "low-rank"
+    size_option: ClassVar[str | None] = "r"
     peft_type: ClassVar[str | None] = "LORA"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "r": "r",
@@ -260,7 +261,8 @@ class LoRA(LowRank):
     def build(self, site: Site, start: Start | None = None) -> LoRADelta:
         """A pair of factors for the site, started by `start`, or as `init` does without data."""
         delta = LoRADelta(site, self.rank(site), self.scale(site), self.dropout)
-        (start or INITS[self.init])(delta, site)
+        if site.device.type != "meta":  # without weights there is nothing to start
+            (start or INITS[self.init])(delta, site)
         return delta
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:

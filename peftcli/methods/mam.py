@@ -37,6 +37,7 @@ class MAM(Method):
     """A prefix in every attention and a parallel adapter beside every feed-forward part."""
 
     family: ClassVar[str] = "adapter"
+    size_option: ClassVar[str | None] = "ffn_r"
     starts_at_base: ClassVar[bool] = False
 
     prefix_length: Annotated[int, Ge(0)] = 30

@@ -155,6 +155,7 @@ class OFT(Method):
     """Block-diagonal rotation of the inputs of linear layers."""
 
     family: ClassVar[str] = "structured"
+    size_option: ClassVar[str | None] = "block_size"
     peft_type: ClassVar[str | None] = "OFT"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "block_size": "oft_block_size",

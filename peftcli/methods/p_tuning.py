@@ -68,6 +68,7 @@ class PTuning(Method):
     """Trained tokens in a template (v1), or keys and values in every layer (v2)."""
 
     family: ClassVar[str] = "prompt"
+    size_option: ClassVar[str | None] = "pre_seq_len"
     starts_at_base: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "P_TUNING"  # of v1; what v2 trains is peft's PREFIX_TUNING
     hf_harmless: ClassVar[frozenset[str]] = frozenset(

@@ -115,6 +115,7 @@ class ParallelAdapter(Method):
     """A bottleneck beside every feed-forward part, and a choice of changes of the attention."""
 
     family: ClassVar[str] = "adapter"
+    size_option: ClassVar[str | None] = "ffn_r"
 
     ffn_r: Annotated[int, Ge(0)] = 512
     ffn_scale: float | Literal["learned"] = 4.0

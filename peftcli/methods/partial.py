@@ -138,6 +138,7 @@ class Partial(Method):
     """Some modules of the base train whole, or some rows of its token table."""
 
     family: ClassVar[str] = "selective"
+    size_option: ClassVar[str | None] = "n_last"
     peft_type: ClassVar[str | None] = "LN_TUNING"
     on_quantised: ClassVar[bool] = False
 

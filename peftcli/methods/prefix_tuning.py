@@ -125,6 +125,7 @@ class PrefixTuning(Method):
     """P trained keys and values in front of every attention."""
 
     family: ClassVar[str] = "prompt"
+    size_option: ClassVar[str | None] = "prefix_length"
     starts_at_base: ClassVar[bool] = False
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     hf_fields: ClassVar[Mapping[str, str]] = {"prefix_length": "num_virtual_tokens"}

@@ -38,6 +38,7 @@ class PromptTuning(Method):
     """P trained embeddings in front of a row."""
 
     family: ClassVar[str] = "prompt"
+    size_option: ClassVar[str | None] = "num_virtual_tokens"
     starts_at_base: ClassVar[bool] = False
     lays_tokens: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"

@@ -129,6 +129,7 @@ class QWHA(SpectralMethod):
     """Sparse Walsh-Hadamard coefficients on a quantised base."""
 
     family: ClassVar[str] = "sparse"
+    size_option: ClassVar[str | None] = "r_eq"
 
     r_eq: Annotated[int, Ge(1)] = 64
     n: Annotated[int, Ge(1)] | None = None

@@ -51,6 +51,7 @@ class SpIEL(Method):
     """Sparse fine-tuning whose positions are dropped and grown while it trains."""
 
     family: ClassVar[str] = "sparse"
+    size_option: ClassVar[str | None] = "num_tunable_weights"
 
     growth: Literal["ag", "ma"] = "ag"
     num_tunable_weights: Annotated[int, Ge(1)] | None = None

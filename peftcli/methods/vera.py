@@ -95,6 +95,7 @@ class VeRA(Method):
     """Two trained vectors a layer around a shared random pair, on linear layers."""
 
     family: ClassVar[str] = "low-rank"
+    size_option: ClassVar[str | None] = "r"
     peft_type: ClassVar[str | None] = "VERA"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "r": "r",

@@ -216,6 +216,15 @@ def empty_model(
         return _class(task, config, cloze=cloze)(config).eval()
 
 
+def head_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """Paths of the modules outside of the pretrained body: those that a classifier begins with."""
+    body = f"{model.base_model_prefix}."
+    new = {key for key in model.state_dict() if not key.startswith(body)}
+    return tuple(
+        dict.fromkeys(_highest(key, model, new) for key in model.state_dict() if key in new)
+    )
+
+
 def config_of(architecture: Mapping[str, Any]) -> PreTrainedConfig:
     """A configuration from its model type and dimensions (`model.architecture`).
 

@@ -70,8 +70,8 @@ def run(
     if search is not None:
         search.require_own_folder(ledger)
         members = search.to_come(ledger) if dry_run and search.proposes else members
-    planned = plan(members, line.base, composer)
-    told = planned or plan([search.example] if search else [], line.base, composer)
+    planned = plan(members, line, composer)
+    told = planned or plan([search.example] if search else [], line, composer)
     require_evaluations(line.sweep, told)
     line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
@@ -134,7 +134,7 @@ def adder(
 
     def add_more() -> bool:
         with ledger.locked():
-            return add(plan(search.propose(ledger), line.base, composer), ledger)
+            return add(plan(search.propose(ledger), line, composer), ledger)
 
     return add_more
 
@@ -189,13 +189,22 @@ def folder_of(line: Line) -> Path:
     return line.folder
 
 
-def plan(members: Sequence[Words], base: Words, composer: Composer) -> list[Planned]:
-    """Every member composed and checked, each run once."""
-    found: dict[str, Planned] = {}
+def plan(members: Sequence[Words], line: Line, composer: Composer) -> list[Planned]:
+    """Every member composed and checked, each run once; with `sweep.match_parameters`, at the size
+    at which so many parameters train.
+    """
+    base, found = line.base, dict[str, Planned]()
+    sizes = None
+    if line.sweep.match_parameters:
+        from peftcli.sweep.match import sizes_for
+
+        sizes = sizes_for(line.sweep.match_parameters)
     for words in members:
         unmade_id = id_of_words([*base, *words])
         try:
             id, cfg = composer.member([*base, *words])
+            if sizes:
+                id, cfg = composer.member([*base, *words, sizes(cfg)])
             made = Planned(id, words, unmade_id, cfg)
         except UserError as e:
             reason = process.one_line(str(e))

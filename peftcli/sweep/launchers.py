@@ -106,7 +106,9 @@ def ray(command: Sequence[str], count: int, options: dict[str, Any], ledger: Led
     """
     lib = _import("ray")
     of_task = options.pop("task", {})
-    lib.init(**{"include_dashboard": False, "log_to_driver": False, **options})
+    lib.init(
+        **{"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **options}
+    )
     try:
         task = lib.remote(call).options(**of_task)
         return lib.get([task.remote(command, output(ledger)) for _ in range(count)])

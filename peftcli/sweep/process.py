@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from peftcli import screen
@@ -87,7 +88,7 @@ class Running:
     claim: Claim
     slot: Slot
     folder: Path
-    process: subprocess.Popen[bytes] | multiprocessing.process.BaseProcess
+    process: subprocess.Popen[bytes] | BaseProcess
     started: float = field(default_factory=time.monotonic)
     told: float | None = None  # when it was told to stop
     verdict: tuple[State, str] | None = None  # what it was told to stop for: too long, hopeless

@@ -19,7 +19,7 @@ from peftcli.sweep.space import values_of
 from peftcli.versions import versions
 
 Metrics = dict[str, float]
-HEADER = ("setting", "metric", "tuning", "seeds", "test", "std", "test seeds", "gap", "of settings")
+Block = tuple[str, dict[str, str]]  # a setting, and what there is to say of it
 
 
 @dataclass(frozen=True)
@@ -73,36 +73,45 @@ def _result(chosen: Mapping[str, Any], ended: Sequence[Trial], goal: Objective) 
     )
 
 
-def rows(found: Sequence[Result]) -> list[tuple[Any, ...]]:
-    """A line of `HEADER` for each metric of each result."""
-    return [
-        (
-            " ".join(r.overrides),
-            name,
-            number(tuning),
-            r.num_tuning_seeds,
-            number(r.test[name]) if r.test else "-",
-            number(r.test_std[name]) if r.test_std else "-",
-            f"{len(r.test_seeds) - r.num_failed} of {len(r.test_seeds)}",
-            f"{r.gap[name]:+.4g}" if r.gap else "-",
-            r.num_settings,
-        )
-        for r in found
-        for name, tuning in r.tuning.items()
-    ]
+def blocks(found: Sequence[Result]) -> list[Block]:
+    """What the screen shows of each result."""
+    return [(" ".join(r.overrides), _told(r)) for r in found]
 
 
-def best_so_far(study: Study, trials: Sequence[Trial]) -> list[tuple[Any, ...]]:
-    """The best settings by their tuning runs: (setting, metrics, seeds, settings tried)."""
+def _told(r: Result) -> dict[str, str]:
+    spread = {name: f" +- {number(s)}" for name, s in r.test_std.items()}
+    test = [f"{name} {number(v)}{spread.get(name, '')}" for name, v in r.test.items()]
+    ended = f"{len(r.test_seeds) - r.num_failed} of {len(r.test_seeds)} test seeds"
+    return {
+        "test": f"{'  '.join(test) or '-'}  ({ended})",
+        "tuning": f"{_written(r.tuning)}  {_origin(r.num_tuning_seeds, r.num_settings)}",
+        "gap": "  ".join(f"{name} {gap:+.4f}" for name, gap in r.gap.items()) or "-",
+    }
+
+
+def best_so_far(study: Study, trials: Sequence[Trial]) -> list[Block]:
+    """The best settings by their tuning runs."""
     goal, found = study.objective(trials), []
     for cell, tuned in zip(study.cells, study.tuned(trials), strict=True):
         for point in tuned.best:
             scores = tuned.mean(point)
             assert scores is not None
-            told = "  ".join(f"{name} {number(v)}" for name, v in goal.shown(scores).items())
-            setting = " ".join((*cell.fixed, *point))
-            found.append((setting, told, len(tuned.ended(point)), len(tuned.points)))
+            origin = _origin(len(tuned.ended(point)), len(tuned.points))
+            told = {"tuning": f"{_written(goal.shown(scores))}  {origin}"}
+            found.append((" ".join((*cell.fixed, *point)), told))
     return found
+
+
+def _written(metrics: Metrics) -> str:
+    return "  ".join(f"{name} {number(value)}" for name, value in metrics.items())
+
+
+def _origin(num_seeds: int, num_settings: int) -> str:
+    return (
+        f"(1 seed, best of {num_settings})"
+        if num_seeds == 1
+        else (f"(mean of {num_seeds} seeds, best of {num_settings})")
+    )
 
 
 def checklist(

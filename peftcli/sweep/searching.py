@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftcli import folders
 from peftcli.errors import ConfigError, did_you_mean
-from peftcli.screen import grid, say
+from peftcli.screen import facts, say
 from peftcli.settings import Sweep
 from peftcli.sweep import incumbent, pruning, report
 from peftcli.sweep.ledger import Ledger, Member
@@ -76,12 +76,15 @@ class Searching:
         trials = ledger.trials()
         if self.study.sweep.prune != "none":
             self._report_pruning(ledger)
-        if found := report.results(self.study, ledger.folder, trials):
-            grid("reported", report.HEADER, report.rows(found))
+        found = report.results(self.study, ledger.folder, trials)
+        blocks = report.blocks(found)
+        if self.proposes and not found:
+            blocks = report.best_so_far(self.study, trials)
+        for setting, told in blocks:
+            facts(setting, told)
+        if found:
             record = report.checklist(self.study, ledger.folder, trials, self.given)
             write_json(ledger.folder / FILE, record)
-        elif self.proposes and (rows := report.best_so_far(self.study, trials)):
-            grid("best in tuning", ("setting", "mean", "seeds", "of settings"), rows)
 
     def _report_pruning(self, ledger: Ledger) -> None:
         """What the rule did, and what it would have done to the controls."""
@@ -96,12 +99,11 @@ class Searching:
             found = pruning.wrong_stops(self.study.sweep, goal, curves)
             totals = [a + b for a, b in zip(totals, found, strict=True)]
         pruned = sum(m.state == "pruned" for m in members)
+        say(f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped")
         controls, stopped, wrong = totals
-        say(
-            f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped; of "
-            f"{controls} controls it would have stopped {stopped}, the best among them "
-            f"{wrong} time{'s'[: wrong != 1]}"
-        )
+        if controls:
+            of_them = f"{stopped}, {wrong} of them the best"
+            say(f"  of {controls} controls it would have stopped {of_them}")
 
     def _has_news(self, member: Member, run_dir: Path) -> bool:
         path = run_dir / "metrics.jsonl"

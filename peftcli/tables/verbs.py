@@ -15,7 +15,9 @@ FORMATS = ("rich", "markdown", "csv", "latex", "json")
 
 
 def table(words: list[str]) -> int:
-    """Numbers of many runs side by side."""
+    """Numbers of many runs side by side; with +table=NAME, a published table beside them."""
+    if any(word.startswith("+table") for word in words):
+        return published(words)
     parser = Parser(
         prog="peft-train table",
         description="The table of a paper from run folders, sweep folders, or folders above them.",
@@ -98,6 +100,40 @@ def plot(words: list[str]) -> int:
     plan = plan_of(runs, asked(args))
     for path in write_plots(runs, table_of(runs, plan), plan, args.output):
         print(path)
+    return 0
+
+
+def published(words: list[str]) -> int:
+    """What a paper printed beside what is counted and measured here."""
+    parser = Parser(
+        prog="peft-train table",
+        usage="peft-train table +table=NAME [RUNS ...] [key=value ...] [flags]",
+        description="A published table: printed numbers beside parameters counted here and scores "
+        "of runs that were started by its cells' words (peft-train -m +table=NAME). "
+        "+table alone lists the tables.",
+    )
+    parser.add_argument("words", nargs="+", metavar="+table=NAME, RUNS, key=value")
+    parser.add_argument("-cd", "--config-dir", type=Path, help="a folder of your own with table/")
+    parser.add_argument("--format", choices=FORMATS, help="rich, or what --output ends in")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
+    args = parser.parse_intermixed_args(words)
+    from peftcli.tables import paper
+    from peftcli.tables.render import write
+    from peftcli.tables.runs import read_runs
+
+    dirs = [args.config_dir] if args.config_dir else []
+    asked, rest = paper.asked_of(args.words)
+    if not asked.name:
+        write(paper.listed(dirs), args.format, args.output)
+        return 0
+    of = asked.of(paper.read(asked.name, dirs))
+    runs = read_runs([Path(word) for word in rest if "=" not in word])
+    extra = [word for word in rest if "=" in word]
+    wide = (args.format or (args.output.suffix[1:] if args.output else "")) in ("csv", "json")
+    from peftcli.tables import printed  # which counts parameters: torch
+
+    made = printed.make_table(asked.name, of, runs, extra, dirs, wide=wide)
+    write(made, args.format, args.output)
     return 0
 
 

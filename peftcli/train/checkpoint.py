@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,34 @@ class Parts:
     scheduler: LRScheduler
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What is written of them: tensors in the memory of the CPU, and plain values."""
+
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    rest: dict[str, Any]
+
+
 # -- writing ---------------------------------------------------------------------------------------
-def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], keep: Keep) -> Path:
+def take(parts: Parts) -> Snapshot:
+    """The state of now, whole, on rank 0. All ranks take it together: what they divide is gathered
+    one tensor at a time, and the others keep none of it.
+    """
+    keeps = parts.host.ranks.is_main
+    trained = {n: t.detach().cpu() for n, t in parts.host.named_state() if keeps}
+    tensors = {n: t.detach().cpu() for n, t in _optimizer_tensors(parts) if keeps}
+    return Snapshot(trained, tensors, _optimizer_rest(parts))
+
+
+def save(
+    folder: Path,
+    step: int,
+    parts: Parts,
+    snapshot: Snapshot,
+    progress: Mapping[str, Any],
+    keep: Keep,
+) -> Path:
     """Write `folder`/step-NNNNNN and point to it; then remove what `keep` does not hold. A sound
     checkpoint of this step is the same already, and stays.
 
@@ -63,11 +89,11 @@ def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], kee
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        _write_files(aside, parts, progress)
+        _write_files(aside, parts, snapshot, progress)
         manifest = {"format": FORMAT, "step": step, "files": _digests(aside)}
         _write_json(aside / "manifest.json", manifest)
         _sync(aside)
-        _compare(aside, parts)
+        _compare(aside, snapshot)
         if target.exists():  # a damaged one
             shutil.rmtree(target)
         aside.rename(target)
@@ -84,17 +110,18 @@ def save(folder: Path, step: int, parts: Parts, progress: Mapping[str, Any], kee
     return target
 
 
-def _write_files(aside: Path, parts: Parts, progress: Mapping[str, Any]) -> None:
-    tensors, rest = _optimizer_state(parts)
+def _write_files(
+    aside: Path, parts: Parts, snapshot: Snapshot, progress: Mapping[str, Any]
+) -> None:
     random = streams.state()
-    _save_tensors(aside / "trained.safetensors", parts.host.state())
-    _save_tensors(aside / "optimizer.safetensors", tensors)
+    _save_tensors(aside / "trained.safetensors", snapshot.trained)
+    _save_tensors(aside / "optimizer.safetensors", snapshot.optimizer)
     _save_tensors(
         aside / "random.safetensors", {f"torch{i}": t for i, t in enumerate(random["torch"])}
     )
     state = {
         "progress": progress,
-        "optimizer": {"state": rest},
+        "optimizer": snapshot.rest,
         "scheduler": {k: v for k, v in parts.scheduler.state_dict().items() if _is_plain(v)},
         "random": {"numpy": random["numpy"], "python": random["python"]},
     }
@@ -130,19 +157,29 @@ def _write_json(path: Path, value: Any) -> None:
     _sync(path)
 
 
-def _optimizer_state(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by 'parameter::key', plain values likewise). The groups' options are those of the
-    configuration.
+def _optimizer_state(parts: Parts) -> Iterator[tuple[str, str, Any]]:
+    """(parameter, key, value) of everything that the optimizer keeps. The groups' options are those
+    of the configuration.
     """
-    names = {id(p): n for n, p in parts.host.model.named_parameters()}
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
+    names = {p: n for n, p in parts.host.stepped().items()}
     for group in parts.optimizer.param_groups:
         for p in group["params"]:
             for key, value in parts.optimizer.state.get(p, {}).items():
-                where = tensors if isinstance(value, Tensor) else plain
-                where[f"{names[id(p)]}::{key}"] = value
-    return tensors, plain
+                yield names[p], key, value
+
+
+def _optimizer_tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
+    """'parameter::key' and tensor, one by one; rows of what ranks divide become whole."""
+    for name, key, value in _optimizer_state(parts):
+        if isinstance(value, Tensor):
+            share = parts.host.shares.get(name) if value.ndim else None
+            yield f"{name}::{key}", share.whole(value) if share else value
+
+
+def _optimizer_rest(parts: Parts) -> dict[str, Any]:
+    """The plain values of the state."""
+    found = _optimizer_state(parts)
+    return {"state": {f"{n}::{k}": v for n, k, v in found if not isinstance(v, Tensor)}}
 
 
 def _is_plain(value: Any) -> bool:
@@ -174,20 +211,17 @@ def _point(folder: Path, name: str) -> None:
     _sync(folder)
 
 
-def _compare(written: Path, parts: Parts) -> None:
-    """Read back what was written and compare it with the live tensors."""
-    live = {
-        "trained.safetensors": parts.host.state(),
-        "optimizer.safetensors": _optimizer_state(parts)[0],
-    }
-    for file, tensors in live.items():
-        with safe_open(written / file, "pt") as f:
+def _compare(written: Path, snapshot: Snapshot) -> None:
+    """Read back what was written and compare it with what was to be."""
+    live = {"trained": snapshot.trained, "optimizer": snapshot.optimizer}
+    for part, tensors in live.items():
+        with safe_open(written / f"{part}.safetensors", "pt") as f:
             assert set(f.keys()) == set(tensors), "a checkpoint lacks tensors"
             for name, tensor in tensors.items():
-                if not torch.equal(f.get_tensor(name), tensor.cpu()):
+                if not torch.equal(f.get_tensor(name), tensor):
                     raise DataError(
-                        f"{written / file}: {name} reads back differently from what was written. "
-                        "Is the disk sound?"
+                        f"{written}: {name} of {part} reads back differently from what was "
+                        "written. Is the disk sound?"
                     )
 
 
@@ -253,11 +287,11 @@ def load(path: Path, parts: Parts) -> dict[str, Any]:
 
 
 def _load_optimizer(parts: Parts, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    named = dict(parts.host.model.named_parameters())  # what rests may have a state too
+    named, shares = parts.host.stepped(), parts.host.shares  # what rests may have a state too
     for entry, value in [*tensors.items(), *rest["state"].items()]:
         name, _, key = entry.rpartition("::")
         if isinstance(value, Tensor) and value.ndim:
-            value = value.to(named[name].device)
+            value = shares[name].part(value) if name in shares else value.to(named[name].device)
         parts.optimizer.state[named[name]][key] = value
 
 

@@ -84,21 +84,28 @@ class Estimate:
 
 
 def held(
-    host: Host, where: torch.device, optimizer: int, ranks: int = 1, shards: bool = False
+    host: Host,
+    where: torch.device,
+    optimizer: int,
+    ranks: int = 1,
+    shards: bool = False,
+    divided: int = 0,
 ) -> Held:
-    """`optimizer` are the bytes of its state. `shards`: frozen weights are cut up among ranks."""
-    named = dict(host.model.named_parameters())
-    buffers = dict(host.model.named_buffers())
-    own = sum(t.nbytes for n, t in {**named, **buffers}.items() if is_own(n))
-    base = {n: t for n, t in {**named, **buffers}.items() if not is_own(n)}
-    frozen = sum(t.nbytes for t in base.values() if not t.requires_grad)
-    whole = sum(t.nbytes for t in base.values())
+    """`optimizer` are the bytes of its state. `shards`: the base's weights are cut up among ranks;
+    `divided`: so many of the trained numbers are stepped by one rank each.
+    """
+    tensors = {**dict(host.model.named_parameters()), **dict(host.model.named_buffers())}
+    own = sum(t.nbytes for n, t in tensors.items() if is_own(n))
+    base = sum(t.nbytes for n, t in tensors.items() if not is_own(n))
+    trained = list(host.trained().values())
+    count = sum(p.numel() for p in trained)
+    share = (count - divided + divided / ranks) / max(count, 1)
     return Held(
-        process=max(device.resident_memory() - whole - own, 0) if where.type == "cpu" else 0,
-        weights=whole - frozen + (frozen // ranks if shards else frozen),
+        process=max(device.resident_memory() - base - own, 0) if where.type == "cpu" else 0,
+        weights=base // ranks if shards else base,
         deltas=own,
-        gradients=sum(p.nbytes for p in host.trained().values()),
-        optimizer=optimizer,
+        gradients=round(share * sum(p.nbytes for p in trained)),
+        optimizer=round(share * optimizer),
     )
 
 

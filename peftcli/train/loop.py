@@ -165,16 +165,18 @@ class Loop:
     def restore(self, path: Any) -> None:
         """Continue from a verified checkpoint."""
         self.progress = Progress(**checkpoint.load(path, self._parts()))
+        self.strategy.settle(self.host)
 
     def save(self) -> Path:
         """Write a checkpoint of now, on rank 0."""
+        snapshot = checkpoint.take(self._parts())
         if not self.ranks.is_main:
             return self._checkpoint
         best = [self.progress.best["step"]] if self.progress.best else []
         keep = Keep(self.settings.save_total_limit, self.settings.keep_bytes, frozenset(best))
         progress = asdict(self.progress)
         return checkpoint.save(
-            self.folder.checkpoints, self.progress.step, self._parts(), progress, keep
+            self.folder.checkpoints, self.progress.step, self._parts(), snapshot, progress, keep
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ class Loop:
         penalty = self._penalise()
         self.strategy.reduce(self.host)
         self.method.after_backward(self.host, t)
-        norm = optim.clip(self._parameters(), self.settings.max_grad_norm)
+        norm = self.strategy.clip(self.host, self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
         broken = len(not_finite(optim.state_tensors(self.optimizer)))
         loss, tokens, broken = self.ranks.totals(loss, sum(b.num_tokens for b in mine), broken)
@@ -205,6 +207,7 @@ class Loop:
         else:
             self._refuse(examples, loss, norm, int(broken))
         self.optimizer.zero_grad(set_to_none=True)
+        self.strategy.settle(self.host)
         self.scheduler.step()
         self.method.after_step(self.host, t)
         self._reset_optimizer()
@@ -338,7 +341,7 @@ class Loop:
         best = self.progress.best
         if not best or better.is_better(name, values[name], best["value"]):
             self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
-            if self.settings.eval_steps is not None and self.ranks.is_main:
+            if self.settings.eval_steps is not None:
                 self.publish(self.folder.best, values)
 
     def _save_if_due(self) -> None:
@@ -365,9 +368,6 @@ class Loop:
     def _checkpoint(self) -> Path:
         """Where the checkpoint of now is, or would be."""
         return self.folder.checkpoints / f"step-{self.progress.step:06d}"
-
-    def _parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.host.trained().values())
 
     def _parts(self) -> checkpoint.Parts:
         return checkpoint.Parts(self.host, self.optimizer, self.scheduler)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -100,10 +101,25 @@ def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRS
         ) from None
 
 
-def clip(parameters: list[torch.nn.Parameter], max_norm: float | None) -> float:
-    """Scale the gradients down to `max_norm` and return the norm (L2) that they had."""
+def clip(host: Host, max_norm: float | None) -> float:
+    """Scale the gradients down to `max_norm` and return the norm (L2) that they had, over all
+    ranks where they divide them.
+    """
     bound = math.inf if max_norm is None else max_norm
-    return torch.nn.utils.clip_grad_norm_(parameters, bound).item()
+    stepped, shares = host.stepped(), host.shares
+    parameters = [stepped[n] for n in host.trained()]
+    if not shares:
+        return torch.nn.utils.clip_grad_norm_(parameters, bound).item()
+    divided = {share.own for share in shares.values() if share.ranks.size > 1}
+    (rows,) = host.ranks.totals(_norm(p for p in parameters if p in divided) ** 2)
+    norm = math.sqrt(_norm(p for p in parameters if p not in divided) ** 2 + rows)
+    torch.nn.utils.clip_grads_with_norm_(parameters, bound, torch.tensor(norm))
+    return norm
+
+
+def _norm(parameters: Iterable[torch.nn.Parameter]) -> float:
+    """Of their gradients, together."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
 
 
 def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

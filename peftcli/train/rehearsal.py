@@ -26,13 +26,14 @@ def rehearse(loop: Loop) -> None:
     """
     if loop.settings.longest_first:
         compute_longest(loop)
-    if loop.settings.rehearse and loop.ranks.is_main:
+    if loop.settings.rehearse:
         loop.save()
         folder = loop.folder.path / ".rehearsal"
         try:
             loop.publish(folder, {})
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if loop.ranks.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def compute_longest(loop: Loop) -> None:

@@ -80,7 +80,7 @@ def test_help_tells_verbs_folders_and_exit_codes_and_fits_a_terminal(cli: Cli) -
     assert cli().stdout == page
     for word in ("train", "check", "eval", "generate", "export", "methods", "explain", "doctor"):
         assert f"\n  {word} " in page
-    assert "\n  worker" not in page
+    assert "\n  worker " not in page
     assert str(ROOT / "recipes") in page
     assert "75 stopped" in page
     assert max(map(len, page.splitlines())) <= 110

@@ -25,7 +25,6 @@ DIFFERS = {
     "quantization/fp4": {"name"},
     "quantization/int8": {"name"},
     "strategy/ddp": {"name"},
-    "strategy/fsdp": {"name"},
     "sweep/scaled": {"lr_scale"},
     "logger/tensorboard": {"name"},
     "logger/wandb": {"name"},
@@ -113,7 +112,8 @@ def test_groups_are_the_fields_of_a_run_and_of_a_sweep() -> None:
         f.name for f in dataclasses.fields(settings.Command)
     }
     assert cards.OF_SWEEPS == ("sweep_dir", "sweep")
-    assert sorted(p.name for p in FOLDER.iterdir() if p.is_dir()) == sorted(cards.GROUPS)
+    folders_here = {p.name for p in FOLDER.iterdir() if p.is_dir()}
+    assert folders_here == {*cards.GROUPS, "table"}  # published tables are files of many runs
 
 
 def test_what_keys_take_is_known_of_every_group_but_optimizers() -> None:

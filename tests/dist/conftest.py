@@ -5,9 +5,11 @@ again.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,28 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from peftcli import settings
+from peftcli.dist import strategies
 from peftcli.dist.ranks import Group, Ranks
-from peftcli.dist.strategies import STRATEGIES, Single
+from peftcli.dist.strategies import Single
 from tests.train import conftest
 
 make_loop = conftest.make_loop  # the fixture
 one_thread = conftest.one_thread
 MakeLoop = conftest.MakeLoop
+SETTINGS = {
+    "single": settings.Strategy("single"),
+    "ddp": settings.Strategy("ddp"),
+    "fsdp": settings.FSDP(),
+    "fsdp_cpu": settings.FSDP(offload="optimizer"),
+    "zero1": settings.DeepSpeed(zero_stage=1),
+    "zero2": settings.DeepSpeed(zero_stage=2),
+    "zero3": settings.DeepSpeed(zero_stage=3),
+    "zero3_cpu": settings.DeepSpeed(zero_stage=3, offload="parameters"),
+}
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 Together = Callable[..., list[Any]]
 
 
@@ -52,14 +69,20 @@ def _run(number: int, work: Callable[[int], None], folder: Path) -> None:
 @pytest.fixture
 def together(tmp_path: Path) -> Together:
     """`together(n, work)`: what `work(ranks)` returns on each of n ranks, by rank."""
+    return group(tmp_path)
+
+
+def group(root: Path) -> Together:
+    """`together` with its files in `root`."""
     calls = iter(range(100))
 
     def run(n: int, work: Callable[[Ranks], Any]) -> list[Any]:
-        folder = tmp_path / f"ranks-{next(calls)}"
+        folder = root / f"ranks-{next(calls)}"
         folder.mkdir()
 
         def be_rank(rank: int) -> None:
             torch.set_num_threads(1)
+            os.environ["LOCAL_RANK"] = str(rank)
             store, limit = f"file://{folder}/store", timedelta(seconds=300)
             dist.init_process_group("gloo", store, limit, n, rank)
             torch.save(work(Group(torch.device("cpu"))), folder / f"rank-{rank}")
@@ -74,4 +97,4 @@ def together(tmp_path: Path) -> Together:
 
 def strategy(name: str, ranks: Ranks) -> Single:
     """The strategy of this name among the ranks."""
-    return STRATEGIES[name](ranks)
+    return strategies.choose(SETTINGS[name], ranks)

@@ -17,14 +17,18 @@ from peftcli.data.collate import Batch, Example
 from peftcli.dist.ranks import Ranks
 from peftcli.errors import NonFinite, Stopped
 from peftcli.train import checkpoint
-from tests.dist.conftest import MakeLoop, Together, strategy
+from tests.dist.conftest import MakeLoop, Together, needs_deepspeed, strategy
+from tests.laws.test_method_laws import make_method
 from tests.train.conftest import chats
 
 BATCH = 4
 
 
-def prepared(make_loop: MakeLoop, folder: Path, ranks: Ranks, name: str, **options: Any) -> Any:
+def prepared(
+    make_loop: MakeLoop, folder: Path, ranks: Ranks, name: str, method: str = "lora", **options: Any
+) -> Any:
     """A loop that goes on from the newest checkpoint in the folder."""
+    own = {} if method == "lora" else {"method": make_method(method)}
     loop = make_loop(
         chats(22),
         folder=folder,
@@ -32,7 +36,7 @@ def prepared(make_loop: MakeLoop, folder: Path, ranks: Ranks, name: str, **optio
         lr=1e-3,
         strategy=strategy(name, ranks),
         per_device_train_batch_size=BATCH // ranks.size,
-        **{"max_steps": 8, "eval_steps": 3, **options},
+        **{"max_steps": 8, "eval_steps": 3, **own, **options},
     )
     newest, skipped = checkpoint.newest(loop.folder.checkpoints)
     assert not skipped
@@ -102,29 +106,37 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_with_one_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [(("single", 1), ("ddp", 2)), (("fsdp", 2), ("single", 1)), (("ddp", 2), ("fsdp", 2))],
+    ("before", "after", "method"),
+    [
+        (("single", 1), ("ddp", 2), "lora"),
+        (("fsdp", 2), ("single", 1), "full"),
+        (("ddp", 2), ("fsdp", 2), "lora"),
+        (("zero2", 2), ("fsdp", 2), "full"),
+        pytest.param(("single", 1), ("zero3", 2), "full", marks=needs_deepspeed),
+        pytest.param(("zero3", 2), ("zero1", 2), "lora", marks=needs_deepspeed),
+    ],
     ids=str,
 )
 def test_a_run_goes_on_by_another_number_of_ranks_or_strategy_in_the_same_order(
     before: tuple[str, int],
     after: tuple[str, int],
+    method: str,
     make_loop: MakeLoop,
     together: Together,
     tmp_path: Path,
 ) -> None:
-    straight = prepared(make_loop, tmp_path / "straight", Ranks(), "single")
+    straight = prepared(make_loop, tmp_path / "straight", Ranks(), "single", method)
     wanted = watched(straight)
     straight.fit()
 
     def first(ranks: Ranks) -> list[str]:
-        loop = prepared(make_loop, tmp_path / "run", ranks, before[0])
+        loop = prepared(make_loop, tmp_path / "run", ranks, before[0], method)
         seen = watched(loop)
         stop_at(loop, 3, ranks.size - 1)
         return seen
 
     def second(ranks: Ranks) -> tuple[list[str], dict]:
-        loop = prepared(make_loop, tmp_path / "run", ranks, after[0])
+        loop = prepared(make_loop, tmp_path / "run", ranks, after[0], method)
         seen = watched(loop)
         loop.fit()
         return seen, state_of(loop)

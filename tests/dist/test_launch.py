@@ -13,10 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from peftcli.cli import main
 from tests.conftest import Cli, environment
 from tests.dist.conftest import fork
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -31,15 +36,19 @@ def when_it_trains(folder: Path, act: Callable[[], None]) -> threading.Thread:
     """Act once the first step is in the metrics."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            if (folder / "metrics.jsonl").exists() and any("loss" in s for s in steps(folder)):
-                return act()
-            time.sleep(0.02)
+        log = folder / "metrics.jsonl"
+        wait_for(lambda: log.exists() and any("loss" in s for s in steps(folder)))
+        act()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.02)
 
 
 def pid_of(rank: int) -> int:
@@ -107,25 +116,45 @@ def test_a_signal_to_the_launcher_stops_the_run_and_one_process_ends_it(
     assert steps(folder)[-1]["step"] == saved[0] + 2
 
 
-def test_a_rank_that_is_killed_ends_the_others_and_is_named(
+def test_a_rank_that_is_killed_is_named_and_all_start_again_from_the_newest_checkpoint(
     cli: Cli, two: list[str], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    thread = when_it_trains(folder, lambda: os.kill(pid_of(1), signal.SIGKILL))
-    done = cli(*two, "strategy=fsdp", "trainer.max_steps=2000", code=1)
+    died: list[int] = []
+
+    def kill() -> None:
+        os.kill(pid_of(1), signal.SIGKILL)
+        died.append(steps(folder)[-1]["step"])
+
+    def kill_twice() -> None:
+        kill()
+        wait_for(lambda: steps(folder)[-1]["step"] > died[0] + 3)
+        kill()
+
+    thread = when_it_trains(folder, kill_twice)
+    often = ["trainer.max_steps=2000", "trainer.save_steps=1", "trainer.eval_on_start=false"]
+    done = cli(*two, "strategy=fsdp", *often, "launch.max_restarts=1", "resume=never", code=1)
     thread.join()
-    assert "rank 1 was killed by SIGKILL" in done.stderr
+    assert done.stderr.count("rank 1 was killed by SIGKILL") == 2
+    assert done.stderr.count("starting again (1 of launch.max_restarts left)") == 1
     assert done.stderr.count("error:") == 1
+    assert [s["step"] for s in steps(folder)] == list(range(1, steps(folder)[-1]["step"] + 1))
 
 
+@pytest.mark.parametrize("names", [TORCHRUN, SLURM], ids=["torchrun", "srun"])
 def test_processes_of_another_launcher_join_instead_of_starting_more(
-    two: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str, ...],
+    two: list[str],
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     port = free_port()
 
     def be_rank(rank: int) -> None:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        os.environ |= {name: str(n) for name, n in names.items()}
+        number, local, *sizes = names
+        values = {number: rank, local: rank, **dict.fromkeys(sizes, 2)}
+        os.environ |= {name: str(n) for name, n in values.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **environment(cache)}
         assert main([word for word in two if "num_processes" not in word]) == 0
 
@@ -135,22 +164,29 @@ def test_processes_of_another_launcher_join_instead_of_starting_more(
     assert "num_processes: 2" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_two_nodes_meet_and_one_of_them_writes(
-    two: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_nodes_meet_and_one_of_them_writes_the_model_that_they_had_cut_up(
+    cli: Cli, tiny_run: list[str], two: list[str], cache: Path, tmp_path: Path
 ) -> None:
+    alone, words = (
+        [*(word for word in given if not word.startswith("method.")), "method=full"]
+        for given in (tiny_run, two)
+    )
     nodes = ["launch.num_processes=1", "launch.nnodes=2", "strategy=fsdp"]
     meeting = f"launch.rdzv_endpoint=localhost:{free_port()}"
 
     def be_node(number: int) -> None:
         os.environ |= environment(cache)
         folder = f"run_dir={tmp_path / f'run-{number}'}"
-        words = [*two, *nodes, meeting, f"launch.node_rank={number}", folder]
-        assert main(words) == 0
+        assert main([*words, *nodes, meeting, f"launch.node_rank={number}", folder]) == 0
 
-    monkeypatch.chdir(tmp_path)
+    cli(*alone, f"run_dir={tmp_path / 'alone'}")
     fork(2, be_node, tmp_path)
     assert result(tmp_path / "run-0")["meta_info"]["ranks"] == 2
     assert not (tmp_path / "run-1" / "metrics.jsonl").exists()
+    weights, wanted = (
+        load_file(tmp_path / name / "adapter" / "model.safetensors") for name in ("run-0", "alone")
+    )
+    torch.testing.assert_close(weights, wanted, atol=1e-4, rtol=1e-3)
 
 
 # -- refused before anything is loaded or started --------------------------------------------------
@@ -158,7 +194,15 @@ def test_two_nodes_meet_and_one_of_them_writes(
     ("words", "said"),
     [
         (["strategy=fsdp", "quantization=nf4"], "strategy=fsdp: cannot cut up"),
-        (["strategy=fsdp", "method=full"], "Full leaves none. Use strategy=ddp"),
+        (
+            ["strategy=fsdp", "method=full", "optimizer=adafactor"],
+            "looks at whole matrices",
+        ),
+        (["strategy=deepspeed", "quantization=int8"], "strategy.zero_stage=3: cannot cut up"),
+        (
+            ["strategy=deepspeed", "strategy.zero_stage=2", "strategy.offload=parameters"],
+            "every process has all weights",
+        ),
     ],
     ids=str,
 )

@@ -36,7 +36,6 @@ GENERATING = ("llama", "gpt2", "t5")
 COMPILED = [(m, "llama") for m in METHODS] + [("lora", "gpt2")]  # seconds each
 # options that are made for widths of thousands and drown, or do not fit, a model of width 32
 TINY_SCALES: dict[str, dict[str, object]] = {
-    "autopeft": {"serial_r": 12},  # of 3 units with a ReLU none may be awake
     "fourierft": {"scaling": 5.0},
     "qwha": {"scaling": 50.0},
     "spt": {"budget": 2000, "step": 100, "dropout": 0.0, "drop_path": 0.0, "batches": 2},

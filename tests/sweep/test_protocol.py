@@ -102,8 +102,13 @@ def test_the_best_are_frozen_run_on_every_test_seed_and_alone_reported(tmp_path:
         assert found.test_seeds == (10, 11, 12, 13)
         assert found.gap["accuracy"] == pytest.approx(0.1 + 0.001 - 0.0115)
         assert found.test_std["accuracy"] == pytest.approx(0.00129099, rel=1e-4)
-    row = report.rows(report.results(study, tmp_path, members))[0]
-    assert dict(zip(report.HEADER, row, strict=True))["gap"] == "+0.0895"
+    setting, told = report.blocks(report.results(study, tmp_path, members))[0]
+    assert setting == "method=lora optimizer.lr=0.0003"
+    assert told == {
+        "test": "accuracy 0.8115 +- 0.0013  (4 of 4 test seeds)",
+        "tuning": "accuracy 0.9010  (mean of 3 seeds, best of 3)",
+        "gap": "accuracy +0.0895",
+    }
 
 
 def test_what_was_frozen_stays_though_tuning_is_changed_afterwards(tmp_path: Path) -> None:
@@ -141,8 +146,8 @@ def test_what_ended_is_not_run_again_whatever_was_killed(tmp_path: Path) -> None
 
 def test_one_tuning_seed_is_told(tmp_path: Path) -> None:
     study = Study(Sweep(tuning_seeds=(0,), test_seeds=(1, 2)), SPACE)
-    rows = report.rows(report.results(study, tmp_path, sweep(study, tmp_path, run)))
-    assert [row[3] for row in rows] == [1, 1]
+    found = report.results(study, tmp_path, sweep(study, tmp_path, run))
+    assert all("(1 seed, best of 3)" in told["tuning"] for _, told in report.blocks(found))
 
 
 # -- budgets and learning rates --------------------------------------------------------------------

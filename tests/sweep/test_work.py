@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.sweep import claims
+from peftcli.sweep import claims, cost
 from peftcli.sweep.ledger import Ledger
 from tests.sweep import quick
 
@@ -144,6 +145,13 @@ def test_killed_three_times_with_two_workers_each_member_is_done_exactly_once(
     for member in ledger.members():
         assert len(quick.notes(ledger.run_dir(member.id), "done")) == 1, member
     assert [t.metrics["accuracy"] for t in ledger.trials()] == list(range(1, len(words) + 1))
+
+
+def test_a_member_s_cost_is_that_of_finished_ones_of_its_kind(tmp_path: Path) -> None:
+    words = [("method=lora", "seed=0"), ("method=lora", "seed=1"), ("method=ssf", "seed=0")]
+    lora, other, ssf = (quick.Member(str(i), i, w) for i, w in enumerate(words))
+    lora = dataclasses.replace(lora, state="done", seconds=7.0)
+    assert [cost.seconds_of(m, [lora, other, ssf]) for m in (lora, other, ssf)] == [7, 7, None]
 
 
 # -- Claims ----------------------------------------------------------------------------------------

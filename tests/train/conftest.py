@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ MakeLoop = Callable[..., Loop]
 @pytest.fixture
 def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
     """Builds loops over the tiny Llama; further keyword arguments are the trainer's."""
+    with loops(tmp_path) as make:
+        yield make
+
+
+@contextmanager
+def loops(root: Path) -> Iterator[MakeLoop]:
+    """What builds loops, whose folders are in `root`."""
     with Stopper() as stopper:
 
         def make(
@@ -119,10 +127,11 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
             host.ranks = ranks
             with streams.stream(seed, "init"):
                 host.add(method, data=data)
-            strategy.spread(host, cpu)
             plan = Plan.of(settings, len(examples), ranks.size)
             optimizer = optim.make_optimizer(Optimizer("torch.optim.AdamW", lr, 0.01), method, host)
-            run_folder = RunFolder(folder or tmp_path / "run")
+            scheduler = optim.make_scheduler(Scheduler(), optimizer, plan.total)
+            strategy.spread(host, cpu)
+            run_folder = RunFolder(folder or root / "run")
             run_folder.path.mkdir(parents=True, exist_ok=True)
             streams.seed_all(seed, "dropout")
             scoring = make_collator("causal_lm", packing=packing, scoring=True)
@@ -131,6 +140,11 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 if not ranks.is_main:
                     return NoLog()
                 return MetricsLog(run_folder.metrics, at.step, at.evaluated, loggers.Nothing())
+
+            def publish(place: Path, values: dict[str, float]) -> None:
+                with strategy.whole(host, everything=True) as keeps_it:
+                    weights = host.model.parameters() if keeps_it else ()
+                    assert all(p.isfinite().all() for p in weights)
 
             def measure() -> dict[str, float]:
                 assert held_out is not None
@@ -149,7 +163,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 collate=collate,
                 head=head,
                 optimizer=optimizer,
-                scheduler=optim.make_scheduler(Scheduler(), optimizer, plan.total),
+                scheduler=scheduler,
                 folder=run_folder,
                 open_log=open_log,
                 screen=QuietScreen(),
@@ -157,7 +171,7 @@ def make_loop(tmp_path: Path) -> Iterator[MakeLoop]:
                 autocast=None,
                 seed=seed,
                 evaluate=None if held_out is None else measure,
-                publish=lambda place, values: None,
+                publish=publish,
                 strategy=strategy,
             )
 
