@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
 from peftcli.train import device, streams
+from peftcli.train.estimate import Estimate
 from peftcli.train.evaluate import answer_freely, evaluate
 from peftcli.train.preview import Preview
 
@@ -48,6 +49,7 @@ class Parts:
     why_not_packed: str | None
     head: nn.Linear | None  # of a language model, where the loss can be taken in it
     strategy: Single = field(default_factory=Single)
+    cost: Estimate | None = None  # once the training is planned
 
     @property
     def model(self) -> nn.Module:
@@ -58,6 +60,10 @@ class Parts:
     def dtype(self) -> torch.dtype:
         """The type that products run in."""
         return self.autocast or torch.float32
+
+    def uncompiled(self) -> AbstractContextManager[None]:
+        """For what is no training step: blocks that are compiled run as they are."""
+        return compiled.uncompiled() if self.run.trainer.compile else nullcontext()
 
 
 def build(
@@ -179,13 +185,14 @@ def adapt(parts: Parts) -> None:
     was_training, host = parts.model.training, parts.host
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
-        host.add(parts.run.method, data=_preview(parts))
+        host.add(parts.run.method, data=preview(parts))
     if parts.run.trainer.compile:
         compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)
 
 
-def _preview(parts: Parts) -> Preview | None:
+def preview(parts: Parts) -> Preview | None:
+    """The first batches of the run's training; None without data."""
     if parts.data is None:
         return None
     return Preview(
@@ -248,9 +255,8 @@ def evaluator(
     collate = collator(parts, scoring=True)
 
     def run() -> dict[str, float]:
-        plain = compiled.uncompiled() if parts.run.trainer.compile else nullcontext()
         with (
-            plain,
+            parts.uncompiled(),
             counting("evaluating", len(held_out)) as advance,
             torch.autocast(parts.device.type, parts.autocast, enabled=parts.autocast is not None),
         ):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from peftcli import __version__
 from peftcli.dist import causes, slurm
-from peftcli.errors import ConfigError, Stopped, UserError, did_you_mean
+from peftcli.errors import OF_DISKS, ConfigError, DataError, Stopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -28,18 +28,19 @@ HELP = """\
 *peft-train* [VERB] [+recipe=NAME] [group=choice] [key=value ...]
 
 *Verbs*
-  train      train a run; meant where no verb is given; takes Hydra's flags (-m, --cfg job, -cd)
-  check      everything but training: what would train, data and masks, steps, memory, time
-  eval       measure a run folder's adapter on its held-out examples
-  generate   let a run folder's adapter answer: one prompt, a file of them, or a chat
-  export     write a run folder's adapter, or the model with it merged in, for other tools
-  table      the table of a paper from run folders and sweeps, with seeds, costs and what is missing
-  diff       why two runs have different numbers: keys, data, versions, first step that differs
-  report     one HTML page of many runs: table, curves, costs, differences
-  plot       the figures of a paper: curves, learning rates, costs with the Pareto front
-  methods    all methods, or the equation and the options of one
-  explain    what a key or a group means, takes, and defaults to
-  doctor     versions, hardware, and what is missing
+  train          train a run; meant where no verb is given; takes Hydra's flags (-m, --cfg job, -cd)
+  check          everything but training: what would train, data and masks, steps, memory, time
+  verify-resume  whether a configuration goes on bit for bit after a stop
+  eval           measure a run folder's adapter on its held-out examples
+  generate       let a run folder's adapter answer: one prompt, a file of them, or a chat
+  export         write a run folder's adapter, or the model with it merged in, for other tools
+  table          the table of a paper from run folders and sweeps: seeds, costs, what is missing
+  diff           why two runs have different numbers: keys, data, versions, first step that differs
+  report         one HTML page of many runs: table, curves, costs, differences
+  plot           the figures of a paper: curves, learning rates, costs with the Pareto front
+  methods        all methods, or the equation and the options of one
+  explain        what a key or a group means, takes, and defaults to
+  doctor         versions, hardware, and what is missing
   sweep-worker   work on a sweep's folder beside others, on any machine that sees it
 
 *Examples*
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return failed(str(e), e.exit_code)
     except Exception as e:
+        if isinstance(e, OSError) and e.errno in OF_DISKS:
+            return failed(f"{e.strerror}: {e.filename or 'a file of the run'}", DataError.exit_code)
         what = f"unexpected {type(e).__name__}: {e}\nThis is a mistake of peftcli; its trace:"
         return failed(f"{what}\n{traceback.format_exc().rstrip()}", 1)
 
@@ -304,6 +307,29 @@ def check(words: list[str]) -> int:
     return run.check(settings, cfg, as_json=args.json)
 
 
+def verify_resume(words: list[str]) -> int:
+    """Whether a run that was stopped goes on bit for bit."""
+    parser = run_parser(
+        "verify-resume",
+        "Train a few steps twice, in one go and with stops, and compare bit for bit what is left: "
+        "examples, losses, weights, optimizer, random streams. Evaluations are left out; nothing "
+        "stays on the disk. Exit code 0: exact; 1: not.",
+    )
+    parser.add_argument("--steps", type=at_least(2), default=6, metavar="N", help="how many (6)")
+    parser.add_argument(
+        "--stops",
+        type=lambda text: [positive(number) for number in text.split(",")],
+        metavar="K,K",
+        help="steps after which it is stopped (after a third and two thirds)",
+    )
+    args = parser.parse_intermixed_args(words)
+    settings, cfg, _ = configuration(args)
+    from peftcli import verify
+
+    stops = args.stops or sorted({max(args.steps // 3, 1), max(2 * args.steps // 3, 1)})
+    return verify.verify(settings, cfg, args.steps, stops, as_json=args.json)
+
+
 def evaluate(words: list[str]) -> int:
     """Metrics on held-out examples."""
     parser = run_parser(
@@ -447,11 +473,18 @@ def is_run_folder(word: str) -> bool:
     return False
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """The reader of a whole number from `least`."""
+
+    def read(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+        return int(text)
+
+    return read
+
+
+positive = at_least(1)
 
 
 # What `methods` chooses by, besides family, modality and format.
@@ -565,6 +598,7 @@ def doctor(words: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "check": check,
+    "verify-resume": verify_resume,
     "eval": evaluate,
     "generate": generate,
     "export": export,

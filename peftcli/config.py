@@ -29,6 +29,7 @@ from peftcli.words import in_words
 
 FILE = "config.yaml"
 OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization.")
+SECRET = re.compile(r"\$\{\s*oc\.env:\s*(\w*(?:TOKEN|KEY|SECRET|PASSW)\w*)", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name: no path can be smuggled in
 
 
@@ -137,7 +138,15 @@ def method_of(values: Mapping[str, Any]) -> Any:
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """Plain values, every interpolation looked up and nothing missing."""
+    """Plain values, every interpolation looked up and nothing missing. An environment variable that
+    holds a secret is refused: the configuration is written down.
+    """
+    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+        if isinstance(value, str) and (secret := SECRET.search(value)):
+            raise ConfigError(
+                f"{key}={value}: {secret[1]} looks like a secret, and configurations are written "
+                "into run folders. Whoever needs it reads it from the environment itself."
+            )
     try:
         missing = sorted(OmegaConf.missing_keys(cfg))
         tree = OmegaConf.to_container(cfg, resolve=True)

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
+from torch.optim import Optimizer
 
+from peftcli import budget
 from peftcli.build import Parts
 from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.data.examples import Data
-from peftcli.dist import ds_config, strategies
-from peftcli.errors import ConfigError
+from peftcli.dist import ds_config
 from peftcli.export import adapter
 from peftcli.screen import console, duration, facts, grid, size
 from peftcli.settings import DeepSpeed, Run, Task
 from peftcli.train import device
-from peftcli.train.estimate import Estimate, estimate
+from peftcli.train.estimate import Estimate, Memory
 from peftcli.train.folder import RunFolder
 from peftcli.train.loop import Plan, Progress
 
@@ -31,43 +30,31 @@ LEFT_OUT = (
 )
 
 
-def plan(parts: Parts, steps: Plan, quiet: bool = False) -> dict[str, Any]:
-    """What is about to happen, on the screen and as plain data."""
+def plan(
+    parts: Parts,
+    steps: Plan,
+    optimizer: Optimizer,
+    *,
+    measured: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """What is about to happen, on the screen and as plain data. `measured`: with the memory of a
+    step, which takes a few examples through the model.
+    """
     assert parts.data is not None
-    run, stats = parts.run, parts.data.stats
     trained, total = parts.host.num_parameters()
-    tokens = int(parts.data.train.lengths.sum())
-    per_step = max(1, tokens * steps.batch // max(len(parts.data.train), 1))
-    rows = run.trainer.per_device_train_batch_size * per_step // steps.batch
-    ranks = _num_ranks(run, steps)
-    cost = estimate(
-        parts.host,
-        parts.device,
-        parts.dtype,
-        per_step,
-        rows,
-        steps.total,
-        run.trainer.gradient_checkpointing,
-        ranks,
-        strategies.shards(run),
-        strategies.num_divided(run, parts.host),
-    )
-    _refuse_too_large(parts, cost)
+    parts.cost = budget.estimate(parts, steps, optimizer)
+    memory = budget.measure(parts, steps, parts.cost.held) if measured else None
     blocks = {
         "model": _model(parts, trained, total),
-        "data": _data(parts, stats),
-        "training": _training(parts, steps, cost),
+        "data": _data(parts, parts.data.stats),
+        "training": _training(parts, steps, parts.cost, memory),
     }
     if not quiet:
-        for title, rows_ in blocks.items():
-            facts(title, {k: _shown(v) for k, v in rows_.items()})
+        for title, rows in blocks.items():
+            facts(title, {k: _shown(v) for k, v in rows.items()})
+    budget.refuse_full_disk(parts, parts.cost)
     return blocks
-
-
-def _num_ranks(run: Run, steps: Plan) -> int:
-    """Processes that share a step."""
-    each = run.trainer.per_device_train_batch_size * run.trainer.gradient_accumulation_steps
-    return steps.batch // each
 
 
 def count(run: Run, host: Host, task: Task, quiet: bool = False) -> dict[str, Any]:
@@ -205,20 +192,19 @@ def _options(method: Any) -> str:
     return " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
 
 
-def _training(parts: Parts, steps: Plan, cost: Estimate) -> dict[str, Any]:
-    run = parts.run
+def _training(parts: Parts, steps: Plan, cost: Estimate, memory: Memory | None) -> dict[str, Any]:
+    run, disk = parts.run, budget.disk(parts, cost)
     return {
         "steps": f"{steps.total} optimizer steps of {steps.batch} examples,"
         f" {steps.steps_per_epoch} an epoch",
         "optimizer": f"{run.optimizer.cls.rpartition('.')[2]} lr={run.optimizer.lr:g},"
         f" {run.scheduler.name} schedule",
-        "processes": f"{_num_ranks(run, steps)}, strategy={run.strategy.name}",
+        "processes": f"{budget.num_ranks(run, steps)}, strategy={run.strategy.name}",
         **_without_effect(run),
-        "memory": f"about {size(cost.memory)} a process: weights {size(cost.weights)},"
-        f" trained {size(cost.trained)},"
-        f" activations {size(cost.activations)}; free "
+        "memory": f"{budget.in_words(cost.held, memory)}; free "
         f"{size(device.available_memory(parts.device))}",
-        "disk": f"{size(cost.checkpoint)} a checkpoint",
+        "disk": f"{size(cost.checkpoint)} a checkpoint, at most {size(disk.needed)} at a time;"
+        f" free {size(disk.free)}",
         "time": f"about {duration(cost.seconds)} of training",
         "seed": run.seed,
         "run_dir": run.run_dir,
@@ -229,20 +215,6 @@ def _without_effect(run: Run) -> dict[str, str]:
     """What of a DeepSpeed file the loop does itself."""
     unused = ds_config.unused(run.strategy) if isinstance(run.strategy, DeepSpeed) else []
     return {"no effect": f"of strategy.config: {', '.join(unused)}"} if unused else {}
-
-
-def _refuse_too_large(parts: Parts, cost: Estimate) -> None:
-    folder = next(
-        p
-        for p in (Path(parts.run.run_dir).absolute(), *Path(parts.run.run_dir).absolute().parents)
-        if p.exists()
-    )
-    free = shutil.disk_usage(folder).free
-    if free < 2 * cost.checkpoint:
-        raise ConfigError(
-            f"run_dir={parts.run.run_dir}: {size(free)} free on that disk, two checkpoints need "
-            f"{size(2 * cost.checkpoint)}."
-        )
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,11 @@ that escapes is our mistake and shows one.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# of disks: full, over quota, too large a file, read-only, broken, gone from the network
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class UserError(ValueError):

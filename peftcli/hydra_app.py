@@ -39,7 +39,7 @@ from peftcli.hydra_words import VERBS, known_keys, our_words, unknown_flag
 
 OF_CLASSES = ("method", "optimizer")  # groups whose choices are classes with keys of their own
 Task = Callable[[DictConfig, Path], int]  # the configuration and its run folder -> exit code
-RUN_VERBS = VERBS[:5]  # those that take overrides
+RUN_VERBS = VERBS[:6]  # those that take overrides
 
 
 class TaskFailed(Exception):  # noqa: N818 - an envelope
@@ -113,7 +113,19 @@ class Loader(ConfigLoaderImpl):
             for group in OF_CLASSES:
                 if isinstance(recipe.config, DictConfig) and own[group] != chosen.get(group):
                     recipe.config.pop(group, None)
-        return super()._compose_config_from_defaults_list(defaults, repo)
+        composed = super()._compose_config_from_defaults_list(defaults, repo)
+        _refuse_code(composed)
+        return composed
+
+
+def _refuse_code(composed: DictConfig) -> None:
+    """Raise `ConfigError` where files would have Hydra run code: anybody may have written them."""
+    for key in ("hydra.callbacks", "hydra.job.env_set"):
+        if OmegaConf.select(composed, key):
+            raise ConfigError(
+                f"{key}: refused in files, since it can run any code. If you want it, say so on "
+                f"the command line: '++{key}={{...}}'."
+            )
 
 
 def open_hydra(config_dirs: Sequence[Path]) -> Hydra:

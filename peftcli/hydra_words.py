@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from peftcli import cards, folders
-from peftcli.errors import ConfigError, UserError, did_you_mean
+from peftcli.errors import OF_DISKS, ConfigError, UserError, did_you_mean
 from peftcli.suggest import nearest_keys
 
 VERBS = (
-    *("train", "check", "eval", "generate", "export", "methods", "explain", "doctor"),
-    *("table", "diff", "report", "plot"),
+    *("train", "check", "eval", "generate", "export", "verify-resume"),  # take overrides
+    *("methods", "explain", "doctor", "table", "diff", "report", "plot"),
 )
 
 
@@ -39,6 +39,8 @@ def our_words(
         ValueError,
         OSError,
     ) as e:
+        if isinstance(e, OSError) and e.errno in OF_DISKS:
+            raise
         raise ConfigError(_in_our_words(e, overrides, config_dirs, cfg)) from e
 
 

@@ -15,11 +15,13 @@ from peftcli.screen import say
 from peftcli.settings import Run
 from peftcli.train import checkpoint
 from peftcli.train.folder import RunFolder
+from peftcli.train.rotation import by_step, step_of
 
 # What may differ when a run goes on: none of it changes what is computed.
 FREE = (
     "name", "run_dir", "resume", "logger.", "trainer.eval_steps", "trainer.save_steps",
-    "trainer.save_total_limit", "trainer.logging_steps", "trainer.num_threads",
+    "trainer.save_total_limit", "trainer.keep_bytes", "trainer.rehearse", "trainer.longest_first",
+    "trainer.logging_steps", "trainer.num_threads",
     "trainer.per_device_eval_batch_size", "trainer.generate_samples", "trainer.metric_for_best",
     "trainer.nonfinite_patience", "dataset.num_proc", "strategy.", "launch.",
 )  # fmt: skip
@@ -46,12 +48,17 @@ class Start:
 
 
 def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
-    """What `resume` means here. With `never`, an earlier run goes into previous/N/."""
+    """What `resume` means here. With `never`, an earlier run goes into previous/N/; with a
+    checkpoint, what came after it.
+    """
+    start = Start()
     if run.resume == "never":
         if (moved := folder.set_aside()) is not None:
             say(f"resume=never: what was in {folder.path} is now in {moved}", "yellow")
     elif run.resume != "auto":
-        return Start(_given(Path(run.resume)))
+        start = Start(_given(Path(run.resume)))
+        if (moved := _make_room(Path(run.resume), folder)) is not None:
+            say(f"resume={run.resume}: what came after it is now in {moved}", "yellow")
     else:
         earlier = folder.checkpoints / "config.yaml"
         if earlier.exists():
@@ -67,7 +74,14 @@ def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
             return Start(newest)
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder.checkpoints / "config.yaml", resolve=True)
-    return Start()
+    return start
+
+
+def _make_room(given: Path, folder: RunFolder) -> Path | None:
+    """Move aside what the run is not to find: later steps of this folder, or another run."""
+    if given.resolve() in by_step(folder.checkpoints.resolve()):
+        return folder.set_aside_after(step_of(given.resolve()))
+    return folder.set_aside()
 
 
 def _given(path: Path) -> Path:

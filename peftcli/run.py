@@ -5,22 +5,21 @@ every part.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from peftcli import config, describe, record, resume
+from peftcli.budget import out_of_memory
 from peftcli.build import Parts, adapt, build, empty_host, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.dist import launch, strategies
-from peftcli.errors import ConfigError, OutOfMemory, Stopped
+from peftcli.errors import ConfigError, Stopped
 from peftcli.export import adapter, compare, publish
 from peftcli.methods import hft
 from peftcli.models import attention
@@ -44,7 +43,7 @@ def train(run: Run, cfg: DictConfig) -> int:
     started, is_main = datetime.now(UTC), strategies.rank_in_environment() == 0
     cfg, folder = strategies.with_numbers(cfg), RunFolder(Path(run.run_dir))
     screen = LiveScreen() if is_main else hidden_screen()
-    with Stopper(quiet=not is_main) as stopper, out_of_memory(), ExitStack() as held:
+    with Stopper(quiet=not is_main) as stopper, out_of_memory() as running, ExitStack() as held:
         start = resume.Start()
         if is_main:
             held.enter_context(folder.locked())
@@ -62,7 +61,8 @@ def train(run: Run, cfg: DictConfig) -> int:
         parts.strategy = strategy
         adapt(parts)
         loop = make_loop(parts, cfg, folder, screen, stopper)
-        describe.plan(parts, loop.plan)
+        running.parts, running.plan = parts, loop.plan
+        describe.plan(parts, loop.plan, loop.optimizer)
         first_hash = parts.host.digest()
         strategy.spread(parts.host, parts.device)
         if start.checkpoint is not None:
@@ -97,6 +97,8 @@ def leave(
 def begin(run: Run, cfg: DictConfig, folder: RunFolder) -> resume.Start:
     """Where the run starts; its configuration and its log in the folder."""
     start = resume.where(run, cfg, folder)
+    cfg = cfg.copy()
+    cfg.resume = "auto"  # whoever starts the folder goes on, and does not begin again
     config.save(cfg, folder.path)
     log_to(folder.log)
     if start.finished:
@@ -119,15 +121,16 @@ def make_loop(
     strategies.refuse_optimizer(run, parts.host)
     streams.seed_all(run.seed, "dropout")
 
-    def open_log(step: int) -> Log:
+    def open_log(at: Progress) -> Log:
         if not ranks.is_main:
             return NoLog()
-        return MetricsLog(folder.metrics, step, loggers.make_sink(run, folder.path, cfg, step))
+        sink = loggers.make_sink(run, folder.path, cfg, at.step)
+        return MetricsLog(folder.metrics, at.step, at.evaluated, sink)
 
-    def publish_best(values: dict[str, float]) -> None:
+    def publish_whole(place: Path, values: dict[str, float]) -> None:
         with parts.strategy.whole(parts.host, run.method.publishes_model) as keeps_it:
             if keeps_it:
-                publish.publish(parts, folder.best, values)
+                publish.publish(parts, place, values)
 
     return Loop(
         host=parts.host,
@@ -148,7 +151,7 @@ def make_loop(
         autocast=parts.autocast,
         seed=run.seed,
         evaluate=evaluator(parts, screen.counting, stopper.poll),
-        publish_best=publish_best,
+        publish=publish_whole,
         group_by_length=run.dataset.group_by_length and not parts.packing,
         strategy=parts.strategy,
     )
@@ -168,7 +171,7 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
         optimizer = optim.make_optimizer(run.optimizer, run.method, parts.host)
         strategies.refuse_optimizer(run, parts.host)
         optim.make_scheduler(run.scheduler, optimizer, plan.total)
-        found = describe.plan(parts, plan, quiet=as_json)
+        found = describe.plan(parts, plan, optimizer, measured=True, quiet=as_json)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -326,25 +329,3 @@ def trained_parts(
     parts = build(run, with_data=with_data, dequantised=dequantised)
     adapter.load(parts.host, published)
     return parts
-
-
-@contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Turn the allocator's failure into exit code 4, with what would need less."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        raise OutOfMemory(_advice(e)) from None
-    except RuntimeError as e:
-        if "can't allocate memory" not in str(e) and "out of memory" not in str(e):
-            raise
-        raise OutOfMemory(_advice(e)) from None
-
-
-def _advice(e: BaseException) -> str:
-    return (
-        f"out of memory: {str(e).splitlines()[0] if str(e) else type(e).__name__}. Smaller steps "
-        "need less: halve trainer.per_device_train_batch_size and double "
-        "trainer.gradient_accumulation_steps (same result), set "
-        "trainer.gradient_checkpointing=true, or lower dataset.max_length."
-    )

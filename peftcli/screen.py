@@ -29,9 +29,18 @@ console = Console(stderr=True, highlight=False)
 log = logging.getLogger("peftcli")
 
 
+class LogFile(logging.FileHandler):
+    """train.log. A full disk ends it with one line; the training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say so once, and write no more."""
+        log.removeHandler(self)
+        console.print(Text(f"cannot write {self.baseFilename} any more", style="yellow"))
+
+
 def log_to(path: Path) -> None:
     """Send every line of the log to `path` too, appending."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     for old in log.handlers[:]:
         log.removeHandler(old)

@@ -126,6 +126,11 @@ class Trainer:
         None  # optimizer steps between checkpoints; None: on signals and at the end
     )
     save_total_limit: Positive = 2  # newest checkpoints kept, beside the best
+    keep_bytes: Positive | None = (
+        None  # bytes that checkpoints may take together; the newest and the best stay in any case
+    )
+    rehearse: bool = False  # save, evaluate and publish before the first step, to fail early
+    longest_first: bool = False  # compute the longest micro-batch once before the first step
     metric_for_best: str = "auto"  # auto: accuracy, pearson or loss, by the task
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from peftcli.build import Parts
 from peftcli.core.host import Host
-from peftcli.errors import ConfigError
+from peftcli.errors import ConfigError, DataError
 from peftcli.export import adapter
 
 BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")  # of configurations
@@ -23,10 +24,22 @@ BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")  # of con
 
 def publish(parts: Parts, folder: Path, metrics: Mapping[str, float]) -> int:
     """Write the trained adapter, or the whole trained model, into `folder`, with tokenizer and
-    card; returns its bytes.
+    card; returns its bytes. Raises `DataError` where it cannot be written: what was there stays.
     """
     aside = folder.with_name(f".{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
+    try:
+        return _publish(parts, folder, aside, metrics)
+    except (OSError, SafetensorError) as e:
+        raise DataError(
+            f"cannot write {folder}: {getattr(e, 'strerror', None) or e}. With room, `peft-train "
+            f"{parts.run.run_dir}` writes it from the newest checkpoint."
+        ) from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(parts: Parts, folder: Path, aside: Path, metrics: Mapping[str, float]) -> int:
     if parts.run.method.publishes_model:
         save_model(parts, aside)
         num_bytes = sum(p.stat().st_size for p in aside.glob("*.safetensors"))

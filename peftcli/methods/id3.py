@@ -212,14 +212,14 @@ class ID3(Method):
         return self.inner.penalty(host) if self.over else None
 
     def before_step(self, host: Host, t: Step) -> None:
-        """Watch dense gradients where entries will be chosen."""
+        """Watch dense gradients where entries will be chosen, from this step on alone."""
         if self.over:
             self.inner.before_step(host, t)
             return
         budget, sites = self._parts(host)
         wanted = self.num_unmasked(len(budget.values), int(budget.step), t.total) > 0
         for _, delta in sites:
-            delta.is_watching = wanted
+            delta.is_watching, delta.grad_W = wanted, None
 
     def after_backward(self, host: Host, t: Step) -> None:
         """Unmask, then drop the gradients of what waits. Where a gradient is not finite all become

@@ -47,6 +47,8 @@ def weight_files(folder: Path) -> list[Path]:
         whole = folder / "model.safetensors"
         return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    if strange := [shard for shard in shards if shard != Path(shard).name]:
+        raise DataError(f"{index} names {strange[0]!r}, which is no file's name in this folder.")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists.")

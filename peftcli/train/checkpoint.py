@@ -28,11 +28,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from peftcli.core.host import Host
-from peftcli.errors import DataError
+from peftcli.errors import DataError, NonFinite
 from peftcli.models.source import sha256
 from peftcli.train import streams
+from peftcli.train.finite import not_finite
+from peftcli.train.rotation import Keep, by_step, rotate
 
 FORMAT = 1
+FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
@@ -70,38 +73,40 @@ def save(
     parts: Parts,
     snapshot: Snapshot,
     progress: Mapping[str, Any],
-    limit: int,
-    keep: set[int],
+    keep: Keep,
 ) -> Path:
-    """Write `folder`/step-NNNNNN and point to it; then remove all but the newest `limit` and the
-    steps in `keep`.
+    """Write `folder`/step-NNNNNN and point to it; then remove what `keep` does not hold. A sound
+    checkpoint of this step is the same already, and stays.
 
-    Raises `DataError` where the folder cannot be written; what was there before stays.
+    Raises `DataError` where the folder cannot be written, `NonFinite` for numbers that are not
+    finite; what was there before stays.
     """
     target = folder / f"step-{step:06d}"
+    if problem(target) is None:
+        return target
     aside = folder / f".{target.name}.{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         _write_files(aside, parts, snapshot, progress)
-        _write_json(
-            aside / "manifest.json", {"format": FORMAT, "step": step, "files": _digests(aside)}
-        )
+        manifest = {"format": FORMAT, "step": step, "files": _digests(aside)}
+        _write_json(aside / "manifest.json", manifest)
         _sync(aside)
-        if target.exists():
+        _compare(aside, snapshot)
+        if target.exists():  # a damaged one
             shutil.rmtree(target)
         aside.rename(target)
         _sync(folder)
-        _compare(target, snapshot)
         _point(folder, target.name)
-    except OSError as e:
-        shutil.rmtree(aside, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
         raise DataError(
-            f"cannot write the checkpoint {target}: {e.strerror or e}. Earlier checkpoints are "
-            "intact."
+            f"cannot write the checkpoint {target}: {getattr(e, 'strerror', None) or e}. Earlier "
+            "checkpoints are intact; `peft-train RUN_FOLDER` goes on from the newest."
         ) from e
-    _rotate(folder, limit, keep | {step})
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    rotate(folder, step, keep)
     return target
 
 
@@ -124,8 +129,27 @@ def _write_files(
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, path)
+    if broken := not_finite(tensors):
+        raise NonFinite(
+            f"{len(broken)} tensors of {path.stem} are not finite ({', '.join(broken[:2])}); no "
+            "checkpoint was written of them. Earlier ones are intact."
+        )
+    save_file(_apart(tensors), path)
     _sync(path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none of which shares memory with another; copied where they must."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        memory = here.untyped_storage()
+        if memory.data_ptr() in seen or memory.nbytes() != here.nbytes:
+            here = here.clone()
+        seen.add(memory.data_ptr())
+        found[name] = here
+    return found
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -134,7 +158,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _optimizer_state(parts: Parts) -> Iterator[tuple[str, str, Any]]:
-    """(parameter, key, value) of everything that the optimizer keeps."""
+    """(parameter, key, value) of everything that the optimizer keeps. The groups' options are those
+    of the configuration.
+    """
     names = {p: n for n, p in parts.host.stepped().items()}
     for group in parts.optimizer.param_groups:
         for p in group["params"]:
@@ -151,13 +177,9 @@ def _optimizer_tensors(parts: Parts) -> Iterator[tuple[str, Tensor]]:
 
 
 def _optimizer_rest(parts: Parts) -> dict[str, Any]:
-    """The groups' options, and the plain values of the state."""
-    state = {f"{n}::{k}": v for n, k, v in _optimizer_state(parts) if not isinstance(v, Tensor)}
-    groups = [
-        {k: v for k, v in g.items() if k != "params" and _is_plain(v)}
-        for g in parts.optimizer.param_groups
-    ]
-    return {"state": state, "groups": groups}
+    """The plain values of the state."""
+    found = _optimizer_state(parts)
+    return {"state": {f"{n}::{k}": v for n, k, v in found if not isinstance(v, Tensor)}}
 
 
 def _is_plain(value: Any) -> bool:
@@ -169,7 +191,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(p for p in folder.iterdir() if p.name != "manifest.json")
+    files = [folder / name for name in FILES]
     return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
 
 
@@ -189,39 +211,21 @@ def _point(folder: Path, name: str) -> None:
     _sync(folder)
 
 
-def _compare(target: Path, snapshot: Snapshot) -> None:
+def _compare(written: Path, snapshot: Snapshot) -> None:
     """Read back what was written and compare it with what was to be."""
-    live = snapshot.trained
-    with safe_open(target / "trained.safetensors", "pt") as f:
-        assert set(f.keys()) == set(live), "a checkpoint lacks tensors"
-        for name, tensor in live.items():
-            read = f.get_tensor(name)
-            if not torch.equal(read, tensor) and not torch.isnan(read).any():
-                raise DataError(
-                    f"{target}: {name} reads back differently from what was written. Is the disk "
-                    "sound?"
-                )
-
-
-def _rotate(folder: Path, limit: int, keep: set[int]) -> None:
-    for path in folder.glob(".step-*"):  # left by a killed process
-        shutil.rmtree(path, ignore_errors=True)
-    for path in _by_step(folder)[limit:]:
-        if _step(path) not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+    live = {"trained": snapshot.trained, "optimizer": snapshot.optimizer}
+    for part, tensors in live.items():
+        with safe_open(written / f"{part}.safetensors", "pt") as f:
+            assert set(f.keys()) == set(tensors), "a checkpoint lacks tensors"
+            for name, tensor in tensors.items():
+                if not torch.equal(f.get_tensor(name), tensor):
+                    raise DataError(
+                        f"{written}: {name} of {part} reads back differently from what was "
+                        "written. Is the disk sound?"
+                    )
 
 
 # -- reading ---------------------------------------------------------------------------------------
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _by_step(folder: Path) -> list[Path]:
-    """Complete-looking checkpoints, newest first."""
-    found = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=_step, reverse=True)
-
-
 def problem(path: Path) -> str | None:
     """What is wrong with the checkpoint, or None: every file is there with the size and hash of the
     manifest.
@@ -230,8 +234,8 @@ def problem(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             return f"it has format {manifest['format']}, this version reads {FORMAT}"
-        for name, known in manifest["files"].items():
-            file = path / name
+        for name in FILES:
+            file, known = path / name, manifest["files"][name]
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != known["bytes"]:
@@ -241,7 +245,7 @@ def problem(path: Path) -> str | None:
     except FileNotFoundError:
         return "it has no manifest.json"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        return f"its manifest cannot be read ({e})"
+        return f"its manifest cannot be read ({type(e).__name__}: {e})"
     return None
 
 
@@ -251,7 +255,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     Raises `DataError` where there are checkpoints but none can be trusted.
     """
     skipped: list[str] = []
-    for path in _by_step(folder):
+    for path in by_step(folder):
         trouble = problem(path)
         if trouble is None:
             return path, skipped
@@ -277,7 +281,7 @@ def load(path: Path, parts: Parts) -> dict[str, Any]:
         if isinstance(e, DataError):
             raise DataError(f"{path}: {e}") from None
         raise DataError(f"the checkpoint {path} cannot be read: {e}") from e
-    parts.scheduler.load_state_dict(state["scheduler"])
+    _go_on(parts.scheduler, state["scheduler"])
     streams.restore({"torch": [random[f"torch{i}"] for i in range(len(random))], **state["random"]})
     return state["progress"]
 
@@ -289,5 +293,14 @@ def _load_optimizer(parts: Parts, tensors: Mapping[str, Tensor], rest: Mapping[s
         if isinstance(value, Tensor) and value.ndim:
             value = shares[name].part(value) if name in shares else value.to(named[name].device)
         parts.optimizer.state[named[name]][key] = value
-    for group, saved in zip(parts.optimizer.param_groups, rest["groups"], strict=True):
-        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+
+
+def _go_on(scheduler: LRScheduler, saved: Mapping[str, Any]) -> None:
+    """The schedule at the saved position, at the rates that the configuration has now: who goes on
+    from a checkpoint with new values means them.
+    """
+    if saved["last_epoch"]:
+        scheduler.last_epoch = saved["last_epoch"] - 1
+        scheduler._step_count = saved["_step_count"] + 1  # at the first step torch would warn
+        scheduler.step()
+    scheduler._step_count = saved["_step_count"]

@@ -49,6 +49,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def resident_memory() -> int:
+    """Bytes of this process that are in the CPU's memory now."""
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that may still be taken."""
     if device.type == "cuda":

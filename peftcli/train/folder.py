@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.errors import ConfigError, DataError
 from peftcli.train.loggers import Sink
+from peftcli.train.rotation import by_step, step_of
 
 KEPT = (".hydra", ".lock", "previous")
 
@@ -59,17 +60,26 @@ class RunFolder:
         """Move an earlier run's files into previous/N/, so that nothing is lost; None where there
         is nothing.
         """
-        earlier = [p for p in self.path.iterdir() if p.name not in KEPT and p.name != "config.yaml"]
-        if not earlier:
+        kept = (*KEPT, "config.yaml")
+        return self._shelve([p for p in self.path.iterdir() if p.name not in kept])
+
+    def set_aside_after(self, step: int) -> Path | None:
+        """The same with what came after a step: later checkpoints and what was published."""
+        later = [p for p in by_step(self.checkpoints) if step_of(p) > step]
+        published = [p for p in (self.adapter, self.best, self.result) if p.exists()]
+        return self._shelve([*later, *published])
+
+    def _shelve(self, paths: Sequence[Path]) -> Path | None:
+        if not paths:
             return None
         shelf = self.path / "previous"
         shelf.mkdir(exist_ok=True)
-        target = shelf / str(
-            1 + max((int(p.name) for p in shelf.iterdir() if p.name.isdigit()), default=0)
-        )
-        target.mkdir()
-        for path in earlier:
-            path.rename(target / path.name)
+        numbers = [int(p.name) for p in shelf.iterdir() if p.name.isdigit()]
+        target = shelf / str(1 + max(numbers, default=0))
+        for path in paths:
+            place = target / path.relative_to(self.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(place)
         return target
 
     def write_result(self, result: Mapping[str, Any]) -> None:
@@ -78,10 +88,14 @@ class RunFolder:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all."""
+    """A JSON file, whole or not at all. Raises `DataError` where it cannot be written."""
     aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as e:
+        aside.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {e.strerror}.") from None
 
 
 class Log(Protocol):
@@ -109,12 +123,18 @@ class NoLog:
 class MetricsLog:
     """metrics.jsonl: one line a record, flushed at once, and the numbers to the run's logger.
 
-    What a resumed run will do again is cut off first.
+    What a resumed run will do again is cut off first: steps after `step`, and evaluations after
+    that of step `evaluated`.
     """
 
-    def __init__(self, path: Path, step: int, sink: Sink) -> None:
+    def __init__(self, path: Path, step: int, evaluated: int, sink: Sink) -> None:
         self.path, self.sink = path, sink
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= step]
+
+        def stays(line: str) -> bool:
+            record = json.loads(line)
+            return record["step"] <= (step if "loss" in record else evaluated)
+
+        kept = [line for line in self._lines() if stays(line)]
         aside = path.with_name(f".{path.name}")
         aside.write_text("".join(kept), encoding="utf-8")
         aside.replace(path)

@@ -31,9 +31,11 @@ from peftcli.dist.ranks import Ranks
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.settings import Task, Trainer
-from peftcli.train import better, checkpoint, device, objective, streams
+from peftcli.train import better, checkpoint, device, objective, optim, rehearsal, streams
 from peftcli.train.evaluate import Indexed
+from peftcli.train.finite import not_finite
 from peftcli.train.folder import Log, RunFolder, write_json
+from peftcli.train.rotation import Keep
 from peftcli.train.signals import Stopper, StopRequested
 
 
@@ -119,13 +121,13 @@ class Loop:
     optimizer: Optimizer
     scheduler: LRScheduler
     folder: RunFolder
-    open_log: Callable[[int], Log]
+    open_log: Callable[[Progress], Log]
     screen: Screen
     stopper: Stopper
     autocast: torch.dtype | None
     seed: int
     evaluate: Callable[[], dict[str, float]] | None
-    publish_best: Callable[[dict[str, float]], Any]
+    publish: Callable[[Path, dict[str, float]], Any]
     group_by_length: bool = False
     head: nn.Linear | None = None  # takes the loss itself: see `objective.loss_sum`
     strategy: Single = field(default_factory=Single)
@@ -136,9 +138,11 @@ class Loop:
         signal, saved.
         """
         order, epoch = torch.empty(0), -1
-        self.log = self.open_log(self.progress.step)
+        self.log = self.open_log(self.progress)
         self.host.model.train()
         try:
+            if not self.progress.step:
+                rehearsal.rehearse(self)
             while True:
                 self._evaluate_if_due()
                 self._save_if_due()
@@ -168,17 +172,11 @@ class Loop:
         snapshot = checkpoint.take(self._parts())
         if not self.ranks.is_main:
             return self._checkpoint
-        keep = {self.progress.best["step"]} if self.progress.best else set()
-        limit = self.settings.save_total_limit
+        best = [self.progress.best["step"]] if self.progress.best else []
+        keep = Keep(self.settings.save_total_limit, self.settings.keep_bytes, frozenset(best))
         progress = asdict(self.progress)
         return checkpoint.save(
-            self.folder.checkpoints,
-            self.progress.step,
-            self._parts(),
-            snapshot,
-            progress,
-            limit,
-            keep,
+            self.folder.checkpoints, self.progress.step, self._parts(), snapshot, progress, keep
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -190,22 +188,24 @@ class Loop:
         )
         if self.ranks.rank:  # rank 0 goes on in the stream that is in its checkpoints
             streams.seed_all(self.seed, f"dropout/{self.ranks.rank}/{t.index}")
-        shares = self._shares(examples)
+        shares = self.shares(examples)
         mine = [share.batch for share in shares if share.counts]
         totals = objective.Totals.of(mine).over(self.ranks)
         self.method.before_step(self.host, t)
-        loss = self._forward_backward(shares, totals)
+        loss = self.forward_backward(shares, totals)
         penalty = self._penalise()
         self.strategy.reduce(self.host)
         self.method.after_backward(self.host, t)
         norm = self.strategy.clip(self.host, self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
-        loss, tokens = self.ranks.totals(loss, sum(b.num_tokens for b in mine))
-        if math.isfinite(loss + (penalty or 0.0)) and math.isfinite(norm):
+        broken = len(not_finite(optim.state_tensors(self.optimizer)))
+        loss, tokens, broken = self.ranks.totals(loss, sum(b.num_tokens for b in mine), broken)
+        is_sound = math.isfinite(loss + (penalty or 0.0)) and math.isfinite(norm)
+        if is_sound and not broken:
             self.optimizer.step()
             self.progress.nonfinite = 0
         else:
-            self._refuse(examples, loss, norm)
+            self._refuse(examples, loss, norm, int(broken))
         self.optimizer.zero_grad(set_to_none=True)
         self.strategy.settle(self.host)
         self.scheduler.step()
@@ -218,14 +218,14 @@ class Loop:
         self._record(totals.targets, loss, penalty, norm, lr, int(tokens), seconds)
         return loss
 
-    def _shares(self, examples: Sequence[Example]) -> list[Share]:
+    def shares(self, examples: Sequence[Example]) -> list[Share]:
         """What this rank computes of a step's examples, round by round."""
-        size = self._round
+        size = self.round_size
         rounds = [examples[i : i + size] for i in range(0, len(examples), size)]
         parts = [(self.ranks.part(r), r) for r in rounds]
         return [Share(self.collate(part or r[:1]), bool(part)) for part, r in parts]
 
-    def _forward_backward(self, shares: list[Share], totals: objective.Totals) -> float:
+    def forward_backward(self, shares: list[Share], totals: objective.Totals) -> float:
         """Accumulate the gradients of this rank's part of the step's loss; returns that part."""
         where = next(self.host.model.parameters()).device
         kind, total = self.settings.loss, 0.0
@@ -246,21 +246,33 @@ class Loop:
         (penalty / self.ranks.size).backward()  # the same on all ranks, whose gradients are summed
         return penalty.item()
 
-    def _refuse(self, examples: Sequence[Example], loss: float, norm: float) -> None:
-        """Leave the weights alone, write down which examples it was, and stop when it goes on."""
+    def _refuse(self, examples: Sequence[Example], loss: float, norm: float, broken: int) -> None:
+        """Leave the weights alone, write down which examples it was, and stop when it goes on.
+        `broken`: tensors of the optimizer's state that are not finite.
+        """
         self.progress.nonfinite += 1
-        step = self.progress.step
+        step, where = self.progress.step, self.folder.path
         ids = [str(e["id"]) for e in examples]
-        record = {"step": step, "loss": repr(loss), "grad_norm": repr(norm), "examples": ids}
+        numbers = {"loss": repr(loss), "grad_norm": repr(norm), "optimizer_tensors": broken}
         if self.ranks.is_main:
-            write_json(self.folder.path / f"nonfinite-{step:06d}.json", record)
-        self.screen.note(f"step {step}: loss {loss}, gradient norm {norm}; the step was not taken")
+            write_json(
+                where / f"nonfinite-{step:06d}.json", {"step": step, **numbers, "examples": ids}
+            )
+        said = f"loss {loss}, gradient norm {norm}"
+        said += f", {broken} tensors of the optimizer's state not finite" if broken else ""
+        self.screen.note(f"step {step}: {said}; the step was not taken")
+        if not_finite(self.host.trained()):
+            raise NonFinite(
+                f"the weights are not finite before step {step} ({said}): an earlier step made "
+                "them so, and nothing was saved of them. `peft-train RUN_FOLDER` goes on from the "
+                "newest checkpoint; a lower optimizer.lr needs resume=STEP_FOLDER."
+            )
         if self.progress.nonfinite >= self.settings.nonfinite_patience:
             raise NonFinite(
-                f"loss or gradients were not finite {self.progress.nonfinite} steps in a row (step "
-                f"{step}: loss {loss}, gradient norm {norm}). The weights are those before. Lower "
-                "optimizer.lr, set trainer.bf16=false, or look at the examples in "
-                f"{self.folder.path}/nonfinite-*.json."
+                f"loss, gradients or the optimizer's state were not finite "
+                f"{self.progress.nonfinite} steps in a row (step {step}: {said}). The weights are "
+                "those before. Lower optimizer.lr, set trainer.bf16=false, or look at the examples "
+                f"in {where}/nonfinite-*.json."
             )
 
     def _record(
@@ -304,7 +316,8 @@ class Loop:
     # -- evaluation and checkpoints ----------------------------------------------------------------
     def _evaluate_if_due(self) -> None:
         step, every = self.progress.step, self.settings.eval_steps
-        at_edge = step == self.plan.total or (step == 0 and self.settings.eval_on_start)
+        first = self.settings.eval_on_start or self.settings.rehearse
+        at_edge = step == self.plan.total or (step == 0 and first)
         due = at_edge or (every is not None and step > 0 and step % every == 0)
         if self.evaluate is None or not due or self.progress.evaluated == step:
             return
@@ -329,25 +342,17 @@ class Loop:
         if not best or better.is_better(name, values[name], best["value"]):
             self.progress.best = {"step": self.progress.step, "metric": name, "value": values[name]}
             if self.settings.eval_steps is not None:
-                self.publish_best(values)
+                self.publish(self.folder.best, values)
 
     def _save_if_due(self) -> None:
         step, every = self.progress.step, self.settings.save_steps
-        at_end = step == self.plan.total
-        if (
-            step
-            and (at_end or (every is not None and step % every == 0))
-            and self._newer_than_saved()
-        ):
+        if step == self.plan.total or (step and every is not None and step % every == 0):
             self.save()
-
-    def _newer_than_saved(self) -> bool:
-        return not (self._checkpoint / "manifest.json").exists()
 
     # -- small pieces ------------------------------------------------------------------------------
     def _order(self, epoch: int) -> Tensor:
         lengths = self.lengths if self.group_by_length else None
-        return streams.order(len(self.examples), self.seed, epoch, lengths, self._round)
+        return streams.order(len(self.examples), self.seed, epoch, lengths, self.round_size)
 
     @property
     def ranks(self) -> Ranks:
@@ -355,7 +360,7 @@ class Loop:
         return self.strategy.ranks
 
     @property
-    def _round(self) -> int:
+    def round_size(self) -> int:
         """Examples that all ranks together compute at once."""
         return self.settings.per_device_train_batch_size * self.ranks.size
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -17,6 +20,8 @@ from peftcli.core.method import Method
 from peftcli.errors import ConfigError
 from peftcli.settings import Optimizer as OptimizerSettings
 from peftcli.settings import Scheduler
+
+OWN_STATE = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization")
 
 
 def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> Optimizer:
@@ -115,3 +120,30 @@ def clip(host: Host, max_norm: float | None) -> float:
 def _norm(parameters: Iterable[torch.nn.Parameter]) -> float:
     """Of their gradients, together."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]).item()
+
+
+def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The tensors that the optimizer keeps, by a number."""
+    kept = [t for state in optimizer.state.values() for t in state.values()]
+    return {str(i): t for i, t in enumerate(kept) if isinstance(t, Tensor)}
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes that the optimizer will keep of all it trains: of a step on 64 x 64 zeros, scaled.
+
+    An optimizer of its own class that a method brings is taken to keep two float32 a number.
+    """
+    groups = optimizer.param_groups
+    counts = [sum(p.numel() for p in group["params"]) for group in groups]
+    if not type(optimizer).__module__.startswith(OWN_STATE):
+        return 8 * sum(counts)
+    total = 0.0
+    for group, count in zip(groups, counts, strict=True):
+        tiny = torch.nn.Parameter(torch.zeros(64, 64, device=group["params"][0].device))
+        tiny.grad = torch.zeros_like(tiny)
+        probe = copy.copy(optimizer)
+        probe.param_groups, probe.state = [{**group, "params": [tiny]}], defaultdict(dict)
+        type(optimizer).step(probe)
+        kept = [t for t in probe.state[tiny].values() if isinstance(t, Tensor) and t.ndim]
+        total += count * sum(t.nbytes for t in kept) / tiny.numel()
+    return round(total)

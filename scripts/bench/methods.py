@@ -145,7 +145,7 @@ def make_step(method: str, family: str, args: argparse.Namespace) -> Step:
     parts, cfg = adapted(method, family, args, [])
     folder = RunFolder(Path(tempfile.mkdtemp()))
     loop = run.make_loop(parts, cfg, folder, LiveScreen(), Stopper())
-    loop.log = loop.open_log(0)
+    loop.log = loop.open_log(loop.progress)
     assert parts.data is not None
     examples = [parts.data.train[i] for i in range(loop.plan.batch)]
     parts.model.train()

@@ -254,7 +254,7 @@ def test_training_prunes_to_the_target_and_then_keeps_the_ranks(make_loop: MakeL
 
 def test_scores_take_the_clipped_gradients_and_the_new_weights(make_loop: MakeLoop) -> None:
     loop = make_loop(method=SCHEDULE, max_steps=10, max_grad_norm=1e-3)
-    loop.log = loop.open_log(0)
+    loop.log = loop.open_log(loop.progress)
     loop.step([loop.examples[i] for i in range(4)])
     deltas = [d for _, d in loop.host.deltas() if isinstance(d, AdaLoRADelta)]
     moments = [loop.optimizer.state[d.E]["exp_avg"] / 0.1 for d in deltas]  # the gradients

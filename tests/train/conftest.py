@@ -25,7 +25,7 @@ from peftcli.settings import Optimizer, Scheduler, Trainer
 from peftcli.train import checkpoint, loggers, optim, streams
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
-from peftcli.train.loop import Loop, Plan
+from peftcli.train.loop import Loop, Plan, Progress
 from peftcli.train.preview import Preview
 from peftcli.train.signals import Stopper
 from tests import tiny
@@ -136,12 +136,12 @@ def loops(root: Path) -> Iterator[MakeLoop]:
             streams.seed_all(seed, "dropout")
             scoring = make_collator("causal_lm", packing=packing, scoring=True)
 
-            def open_log(step: int) -> Log:
+            def open_log(at: Progress) -> Log:
                 if not ranks.is_main:
                     return NoLog()
-                return MetricsLog(run_folder.metrics, step, loggers.Nothing())
+                return MetricsLog(run_folder.metrics, at.step, at.evaluated, loggers.Nothing())
 
-            def publish_best(values: dict[str, float]) -> None:
+            def publish(place: Path, values: dict[str, float]) -> None:
                 with strategy.whole(host, everything=True) as keeps_it:
                     weights = host.model.parameters() if keeps_it else ()
                     assert all(p.isfinite().all() for p in weights)
@@ -171,7 +171,7 @@ def loops(root: Path) -> Iterator[MakeLoop]:
                 autocast=None,
                 seed=seed,
                 evaluate=None if held_out is None else measure,
-                publish_best=publish_best,
+                publish=publish,
                 strategy=strategy,
             )
 
