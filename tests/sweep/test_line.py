@@ -48,7 +48,7 @@ def test_how_members_are_run_is_no_part_of_them(composer: Composer) -> None:
 
 def test_what_cannot_be_composed_is_listed_and_the_others_are_planned(composer: Composer) -> None:
     line = composer.read([*GIVEN, "method=lora,ssf,lora", "method.r=4"])
-    lora, ssf = engine.plan(line.grid, line.base, composer)
+    lora, ssf = engine.plan(line.grid, line, composer)
     assert lora.cfg is not None
     assert ssf.cfg is None
     assert "method.r" in (ssf.reason or "")
@@ -58,7 +58,7 @@ def test_what_cannot_be_composed_is_listed_and_the_others_are_planned(composer: 
 def test_members_that_can_be_composed_now_replace_their_failures(
     composer: Composer, tmp_path: Path
 ) -> None:
-    planned = engine.plan([("method.r=4",)], GIVEN, composer)
+    planned = engine.plan([("method.r=4",)], composer.read(GIVEN), composer)
     failed = engine.Planned(planned[0].unmade_id, planned[0].words, planned[0].unmade_id, None, "x")
     ledger = Ledger(tmp_path / "s")
     for members in ([failed], planned, planned):
