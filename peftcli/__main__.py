@@ -2,7 +2,10 @@
 
 import sys
 
-from peftcli.cli import main
+try:
+    from peftcli.cli import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+    if __name__ == "__main__":
+        sys.exit(main())
+except KeyboardInterrupt:  # while modules are still being read
+    sys.exit(75)
