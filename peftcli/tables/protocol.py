@@ -66,6 +66,7 @@ def facts(run: RunRecord) -> dict[str, Any]:
     of_model, of_data = meta.get("model") or {}, meta.get("dataset") or {}
     found = (of_model.get("sha256"), of_data.get("sha256"), *map(meta.get, FACTS[2:]))
     found = dict(zip(FACTS, found, strict=True))
+    found["ranks"] = found["ranks"] or 1  # before runs could have several, none said so
     return found | {f"versions.{k}": v for k, v in meta.get("package_info", {}).items()}
 
 
