@@ -12,13 +12,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
-from peftcli import __version__, verbs
+from peftcli import __version__, interrupts, verbs
 from peftcli.arguments import Parser, is_run_folder, positive
 from peftcli.dist import causes, slurm
 from peftcli.errors import OF_DISKS, ConfigError, DataError, Stopped, UserError
 from peftcli.pages import HELP, TRAIN_HELP, page
+from peftcli.tables import verbs as results
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -100,7 +101,7 @@ def train(words: list[str]) -> int:
 
     slurm.translate(os.environ)
     words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
-    stop_on_signals()
+    interrupts.until_a_run_has_its_own()
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):
         return resume(Path(args.overrides[0]), args.overrides[1:], args.config_dirs)
@@ -136,20 +137,6 @@ def sweep(args: argparse.Namespace) -> int:
     return engine.main(args)
 
 
-def stop_on_signals() -> None:
-    """Have signals end this process by `KeyboardInterrupt`, until a run's own handlers exist."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background jobs have it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a sweep blocks them while it forks
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
-
-
-def _stop(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def resume(folder: Path, overrides: Sequence[str], config_dirs: Sequence[Path]) -> int:
     """Go on with the run of a folder."""
     from peftcli import config, run
@@ -178,7 +165,7 @@ def sweep_worker(words: list[str]) -> int:
     parser.add_argument("--jobs", type=positive, help="members at once (sweep.jobs of the line)")
     parser.add_argument("--stop-file", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
-    stop_on_signals()
+    interrupts.until_a_run_has_its_own()
     from peftcli.sweep import engine
 
     return engine.join(args.folder, args.jobs, args.stop_file)
@@ -201,7 +188,7 @@ def end_with_parent(parent: int) -> None:
     """Have the kernel send SIGTERM, after which a run saves and stops, when the process that
     started this one dies; raises `KeyboardInterrupt` where it is gone already.
     """
-    stop_on_signals()
+    interrupts.until_a_run_has_its_own()
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
     if os.getppid() != parent:
@@ -215,10 +202,10 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": verbs.evaluate,
     "generate": verbs.generate,
     "export": verbs.export,
-    "table": verbs.table,
-    "diff": verbs.diff,
-    "report": verbs.report,
-    "plot": verbs.plot,
+    "table": results.table,
+    "diff": results.diff,
+    "report": results.report,
+    "plot": results.plot,
     "methods": verbs.methods,
     "explain": verbs.explain,
     "doctor": verbs.doctor,

@@ -22,13 +22,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from peftcli import cards, folders, settings
+from peftcli import cards, folders, settings, written
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.suggest import nearest_keys
 from peftcli.words import in_words
 
 FILE = "config.yaml"
-OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization.")
 SECRET = re.compile(r"\$\{\s*oc\.env:\s*(\w*(?:TOKEN|KEY|SECRET|PASSW)\w*)", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a folder's name: no path can be smuggled in
 
@@ -67,42 +66,13 @@ def load(
     if not isinstance(cfg, DictConfig):
         raise DataError(f"{path}: holds no mapping of keys.")
     cfg["run_dir"] = str(run_dir)  # where it lies now
-    cfg = completed(cfg)
+    tree: Any = OmegaConf.to_container(cfg)
+    cfg = OmegaConf.create(written.completed(tree))
     if overrides:
         from peftcli import hydra_app
 
         cfg = hydra_app.override(cfg, overrides, list(config_dirs))
     return cfg
-
-
-def completed(cfg: DictConfig) -> DictConfig:
-    """A written configuration with the defaults of what its writer, an earlier version of this
-    program, did not have: whole groups, and keys of the choices made.
-    """
-    for group, choice in cards.defaults().items():
-        if group not in cards.RUN_GROUPS:
-            continue
-        if group not in cfg:
-            cfg[group] = OmegaConf.load(folders.choices(group)[choice])
-        for key, value in _defaults_of(group, str(cfg[group].get("_target_"))).items():
-            cfg[group].setdefault(key, value)
-    return cfg
-
-
-def _defaults_of(group: str, target: str) -> dict[str, Any]:
-    """Every key of a class with its default: of a group's settings, or as a method's file says."""
-    if group != "method":
-        cls: Any = getattr(settings, target.rpartition(".")[2], None)
-        fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-        plain = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-        made = {f.name: f.default_factory() for f in fields if callable(f.default_factory)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in (plain | made).items()}
-    file = next((choice for choice, made in folders.targets(group).items() if made == target), None)
-    return (
-        {}
-        if file is None
-        else yaml.safe_load(folders.choices(group)[file].read_text(encoding="utf-8"))
-    )
 
 
 # -- Typed -----------------------------------------------------------------------------------------
@@ -282,7 +252,7 @@ class Check:
         """
         import torch
 
-        cls = self.target("optimizer", target, OPTIMIZERS, torch.optim.Optimizer)
+        cls = self.target("optimizer", target, settings.OPTIMIZERS, torch.optim.Optimizer)
         accepted = inspect.signature(cls).parameters
         own = {
             n: p

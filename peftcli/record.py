@@ -4,14 +4,13 @@ fair table needs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from datetime import UTC, datetime
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from peftcli import written
 from peftcli.build import Parts
 from peftcli.models.source import cache_dir, fingerprint
 from peftcli.train import device, objective
@@ -64,7 +63,7 @@ def make_result(
             "dataset": {"key": parts.data.key, "sha256": parts.data.hash, **parts.data.stats}
             if parts.data
             else None,
-            "config_sha256": digest(config),
+            "config_sha256": written.digest(config),
             "task": parts.task,
             "packing": parts.packing,
             "dtype": str(parts.dtype).removeprefix("torch."),
@@ -80,8 +79,3 @@ def make_result(
             },
         },
     }
-
-
-def digest(config: Any) -> str:
-    """Hash of a configuration, of plain values."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftcli import config
+from peftcli import config, written
 from peftcli.dist.ranks import Ranks
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.screen import say
@@ -62,9 +62,8 @@ def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
     else:
         earlier = folder.checkpoints / "config.yaml"
         if earlier.exists():
-            _refuse_changes(
-                config.completed(cast("DictConfig", OmegaConf.load(earlier))), cfg, folder
-            )
+            before: Any = OmegaConf.to_container(OmegaConf.load(earlier), resolve=True)
+            _refuse_changes(written.completed(before), config.resolved(cfg), folder)
         if folder.result.exists():
             return Start(finished=True)
         newest, skipped = checkpoint.newest(folder.checkpoints)
@@ -100,11 +99,8 @@ def _given(path: Path) -> Path:
     return path
 
 
-def _refuse_changes(before: Any, now: DictConfig, folder: RunFolder) -> None:
-    old, new = (
-        flat(OmegaConf.to_container(before, resolve=True)),
-        flat(OmegaConf.to_container(now, resolve=True)),
-    )
+def _refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: RunFolder) -> None:
+    old, new = written.flat(before), written.flat(now)
     sizes = _portions(old), _portions(new)
     free = (*FREE, *PORTIONS) if sizes[0] == sizes[1] else FREE
     changed = {
@@ -126,19 +122,12 @@ def _refuse_changes(before: Any, now: DictConfig, folder: RunFolder) -> None:
         )
 
 
-def _portions(config: dict[str, Any]) -> tuple[int, int]:
+def _portions(keys: dict[str, Any]) -> tuple[int, int]:
     """(examples of a step, examples of a round where they go by length): what fixes the order of
     the examples, by however many ranks.
     """
     ranks = 1
-    if config.get("strategy.name") not in (None, "single"):
-        ranks = config["launch.num_processes"] * config["launch.nnodes"]
-    each, times = (int(config[key]) for key in PORTIONS)
-    return each * times * ranks, each * ranks * bool(config["dataset.group_by_length"])
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as dotted keys."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix.rstrip("."): tree}
-    return {k: v for key, value in tree.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+    if keys.get("strategy.name") not in (None, "single"):
+        ranks = keys["launch.num_processes"] * keys["launch.nnodes"]
+    each, times = (int(keys[key]) for key in PORTIONS)
+    return each * times * ranks, each * ranks * bool(keys["dataset.group_by_length"])

@@ -225,6 +225,9 @@ class Logger:
     )
 
 
+OPTIMIZERS = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization.")  # of libraries
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """A torch optimizer by its class, with its own keyword arguments beside `lr` and

@@ -1,5 +1,5 @@
-"""The verbs beside `train`: on a run folder or a configuration, on results, and what they say of
-themselves. What a verb needs is imported when it is called.
+"""The verbs beside `train`: on a run folder or a configuration, and what they say of themselves.
+What a verb needs is imported when it is called.
 """
 
 from __future__ import annotations
@@ -148,35 +148,6 @@ def export(words: list[str]) -> int:
         half_reset=args.half_reset,
         as_json=args.json,
     )
-
-
-# -- Results ---------------------------------------------------------------------------------------
-def table(words: list[str]) -> int:
-    """Numbers of many runs side by side."""
-    from peftcli.tables import verbs
-
-    return verbs.table(words)
-
-
-def diff(words: list[str]) -> int:
-    """Why two runs differ."""
-    from peftcli.tables import verbs
-
-    return verbs.diff(words)
-
-
-def report(words: list[str]) -> int:
-    """One HTML page about many runs."""
-    from peftcli.tables import verbs
-
-    return verbs.report(words)
-
-
-def plot(words: list[str]) -> int:
-    """Figures of many runs."""
-    from peftcli.tables import verbs
-
-    return verbs.plot(words)
 
 
 # -- Documentation ---------------------------------------------------------------------------------

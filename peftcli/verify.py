@@ -26,7 +26,6 @@ from peftcli.budget import out_of_memory
 from peftcli.build import adapt, build
 from peftcli.data.collate import Batch, Example
 from peftcli.errors import ConfigError, Stopped
-from peftcli.resume import flat
 from peftcli.run import make_loop
 from peftcli.screen import LiveScreen, facts, say
 from peftcli.settings import Run
@@ -34,6 +33,7 @@ from peftcli.train import checkpoint
 from peftcli.train.folder import RunFolder
 from peftcli.train.loop import Loop
 from peftcli.train.signals import Stopper
+from peftcli.written import flat
 
 
 @dataclass(frozen=True)

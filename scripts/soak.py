@@ -22,7 +22,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).parents[1]
 SPAN = 0.06  # seconds after a new checkpoint within which the kill comes
@@ -40,9 +39,11 @@ class Outcome:
     wrong: list[str] = field(default_factory=list)
 
     def growth(self, values: Sequence[int]) -> float:
-        """Median of the last third over that of the second one."""
+        """Least value of the last third over that of the second one: a moment inside a save has
+        more, a leak has more at every moment.
+        """
         third = max(len(values) // 3, 1)
-        return median(values[-third:]) / median(values[third : 2 * third] or values)
+        return min(values[-third:]) / min(values[third : 2 * third] or values)
 
     def in_words(self) -> str:
         """One line."""

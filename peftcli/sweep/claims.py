@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftcli.sweep.ledger import read_json
-from peftcli.train.folder import write_json
+from peftcli.train.folder import read_json, write_json
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # a machine's identity, until it starts again
 

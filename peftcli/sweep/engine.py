@@ -21,10 +21,11 @@ from peftcli.errors import ConfigError, Stopped, UserError
 from peftcli.screen import log_to, say
 from peftcli.settings import Sweep
 from peftcli.sweep import board, cost, process
-from peftcli.sweep.ledger import ENDED, FILE, Ledger, Member, id_of_words, read_json
+from peftcli.sweep.ledger import ENDED, FILE, Ledger, Member, id_of_words
 from peftcli.sweep.line import Composer, Line, Words
 from peftcli.sweep.searching import Searching, searching
 from peftcli.sweep.work import Hopeless, Worker
+from peftcli.train.folder import read_json
 from peftcli.versions import versions
 
 LOG = "sweep.log"

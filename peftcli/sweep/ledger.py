@@ -15,8 +15,6 @@ here at once. No torch, no Hydra.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +23,9 @@ from typing import Any, Literal, get_args
 
 from filelock import FileLock
 
+from peftcli import written
 from peftcli.errors import ConfigError, DataError
-from peftcli.train.folder import write_json
+from peftcli.train.folder import read_json, write_json
 
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
 ENDED = ("done", "failed", "pruned")  # nobody works on these again unasked
@@ -170,24 +169,9 @@ def metrics(run_dir: Path) -> dict[str, float]:
 def id_of(config: Mapping[str, Any]) -> str:
     """The name of the member that has this resolved configuration."""
     kept = {key: value for key, value in config.items() if key not in NOT_IN_HASH}
-    return _hashed(kept)
+    return written.digest(kept)[:12]
 
 
 def id_of_words(overrides: Iterable[str]) -> str:
     """The name of a member whose configuration could not be made."""
-    return _hashed(list(overrides))
-
-
-def _hashed(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping. Raises `DataError` where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise DataError(f"{path}: is damaged ({e}).") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: holds no mapping of keys.")
-    return value
+    return written.digest(list(overrides))[:12]

@@ -10,15 +10,14 @@ Them", ICML 2023, arXiv 2306.01324.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from peftcli import written
 from peftcli.errors import ConfigError, did_you_mean
 from peftcli.settings import Sweep
 from peftcli.sweep import objective, search, seeds
@@ -207,7 +206,7 @@ class Study:
         """Hash of everything that chooses an incumbent: space, search, budget, seeds, metric."""
         chosen = (self.sweep.search, self.sweep.search_seed, self.sweep.metric)
         told = [self.space.describe(), self.budget, self.seeds, chosen, self.sweep.lr_scale]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return written.digest(told)
 
 
 def check(sweep: Sweep, space: Space) -> None:

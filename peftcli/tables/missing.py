@@ -11,9 +11,9 @@ from typing import Any
 
 from peftcli import folders
 from peftcli.tables.cells import Cell, Plan, is_scored
-from peftcli.tables.defaults import defaults
 from peftcli.tables.protocol import explains, is_protocol, is_tuned, same
 from peftcli.tables.runs import RunRecord
+from peftcli.written import defaults
 
 PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")  # needs no quotes in an override
 

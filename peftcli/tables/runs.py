@@ -18,7 +18,8 @@ import yaml
 
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.folders import shown
-from peftcli.tables.defaults import filled
+from peftcli.train.folder import read_json
+from peftcli.written import filled, flat
 
 CONFIG, RESULT, MEMBER, SWEEP = "config.yaml", "result.json", "member.json", "sweep.json"
 INSIDE = {".hydra", "adapter", "adapter-best", "checkpoints", "plots", "previous"}
@@ -158,7 +159,7 @@ def _read(folder: Path) -> RunRecord | None:
     config = result["run_info"]["train_config"] if result else _yaml(folder / CONFIG)
     if config and "run_dir" not in config:
         return None
-    keys = dict(_flat(filled(config))) | _words(config) | _chosen(overrides, all_keys=not config)
+    keys = flat(filled(config)) | _words(config) | _chosen(overrides, all_keys=not config)
     state = "done" if result else member.get("state", "unfinished")
     reason = member.get("reason") if member else f"no {RESULT}"
     return RunRecord(
@@ -199,14 +200,9 @@ def _result(path: Path) -> dict[str, Any]:
 def _json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
-        raise DataError(f"{shown(path)}: cannot be read ({e}).") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{shown(path)}: holds no mapping of keys.")
-    return found
 
 
 def _yaml(path: Path) -> dict[str, Any]:
@@ -216,15 +212,6 @@ def _yaml(path: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise DataError(f"{shown(path)}: cannot be read ({e}).") from None
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values; an empty group is a value."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, list(value) if isinstance(value, tuple) else value
 
 
 def _words(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -39,15 +39,6 @@ class Asked:
     show_differences: bool = False
 
 
-def make_table(runs: Sequence[RunRecord], asked: Asked) -> Table:
-    """The table.
-
-    Raises `ConfigError` where a key, the metric or a row is unknown, seeds overlap, or the runs'
-    protocols differ and the table does not show it.
-    """
-    return table_of(runs, plan_of(runs, asked), asked.paired)
-
-
 def table_of(runs: Sequence[RunRecord], plan: Plan, paired: str | None = None) -> Table:
     """The table of a plan; `paired`: the row that the others are compared with."""
     tuned = tuned_keys(runs, plan.keys)
@@ -74,7 +65,10 @@ def table_of(runs: Sequence[RunRecord], plan: Plan, paired: str | None = None) -
 
 def plan_of(runs: Sequence[RunRecord], asked: Asked) -> Plan:
     """What the user's words mean for these runs, with a row key for each difference of the protocol
-    that is to be shown. Raises what `make_table` raises.
+    that is to be shown.
+
+    Raises `ConfigError` where a key, the metric or a row is unknown, seeds overlap, or the runs'
+    protocols differ and the table does not show it.
     """
     plan = _in_keys(runs, asked)
     hidden = list(_hidden(runs, plan))

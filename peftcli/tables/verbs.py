@@ -6,10 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftcli.cli import Parser
+from peftcli.arguments import Parser
 
 if TYPE_CHECKING:
-    from peftcli.tables.table import Asked
+    from peftcli.tables.cells import Plan
+    from peftcli.tables.runs import RunRecord
+    from peftcli.tables.table import Table
 
 FORMATS = ("rich", "markdown", "csv", "latex", "json")
 
@@ -31,11 +33,9 @@ def table(words: list[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="a file instead of the screen")
     args = parser.parse_args(words)
     from peftcli.tables.render import selected, write
-    from peftcli.tables.runs import read_runs
-    from peftcli.tables.table import make_table
 
-    found = make_table(read_runs(args.runs), asked(args))
-    write(selected(found, args.show), args.format, args.output)
+    _, _, table = found(args)
+    write(selected(table, args.show), args.format, args.output)
     return 0
 
 
@@ -71,12 +71,9 @@ def report(words: list[str]) -> int:
     args = parser.parse_args(words)
     from peftcli.tables.render import save
     from peftcli.tables.report import page
-    from peftcli.tables.runs import read_runs
-    from peftcli.tables.table import plan_of, table_of
 
-    runs = read_runs(args.runs)
-    plan = plan_of(runs, asked(args))
-    save(args.output, page(runs, table_of(runs, plan, args.paired), plan))
+    runs, plan, table = found(args)
+    save(args.output, page(runs, table, plan))
     print(args.output)
     return 0
 
@@ -93,12 +90,9 @@ def plot(words: list[str]) -> int:
     add_asked(parser)
     args = parser.parse_args(words)
     from peftcli.tables.plots import write_plots
-    from peftcli.tables.runs import read_runs
-    from peftcli.tables.table import plan_of, table_of
 
-    runs = read_runs(args.runs)
-    plan = plan_of(runs, asked(args))
-    for path in write_plots(runs, table_of(runs, plan), plan, args.output):
+    runs, plan, table = found(args)
+    for path in write_plots(runs, table, plan, args.output):
         print(path)
     return 0
 
@@ -171,11 +165,12 @@ def add_asked(parser: Parser) -> None:
     )
 
 
-def asked(args: argparse.Namespace) -> Asked:
-    """The table that the options say."""
-    from peftcli.tables.table import Asked
+def found(args: argparse.Namespace) -> tuple[list[RunRecord], Plan, Table]:
+    """The runs, and the table of them that the options say."""
+    from peftcli.tables.runs import read_runs
+    from peftcli.tables.table import Asked, plan_of, table_of
 
-    return Asked(
+    asked = Asked(
         rows=args.rows,
         columns=args.columns,
         metric=args.metric,
@@ -185,6 +180,9 @@ def asked(args: argparse.Namespace) -> Asked:
         test_seeds=args.test_seeds,
         show_differences=args.show_differences,
     )
+    runs = read_runs(args.runs)
+    plan = plan_of(runs, asked)
+    return runs, plan, table_of(runs, plan, args.paired)
 
 
 def words_of(text: str) -> tuple[str, ...]:

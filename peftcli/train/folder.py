@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftcli.errors import ConfigError, DataError
+from peftcli.folders import shown
 from peftcli.train.loggers import Sink
 from peftcli.train.rotation import by_step, step_of
 
@@ -162,3 +163,16 @@ class MetricsLog:
     def close(self) -> None:
         """End the logger."""
         self.sink.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping. Raises `DataError` where it holds none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as e:
+        raise DataError(f"{shown(path)}: cannot be read ({e}).") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{shown(path)}: holds no mapping of keys.")
+    return value

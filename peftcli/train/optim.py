@@ -18,10 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from peftcli.core.host import Host
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
+from peftcli.settings import OPTIMIZERS, Scheduler
 from peftcli.settings import Optimizer as OptimizerSettings
-from peftcli.settings import Scheduler
-
-OWN_STATE = ("torch.optim.", "bitsandbytes.optim.", "transformers.optimization")
 
 
 def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> Optimizer:
@@ -135,7 +133,7 @@ def state_bytes(optimizer: Optimizer) -> int:
     """
     groups = optimizer.param_groups
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
-    if not type(optimizer).__module__.startswith(OWN_STATE):
+    if not f"{type(optimizer).__module__}.".startswith(OPTIMIZERS):
         return 8 * sum(counts)
     total = 0.0
     for group, count in zip(groups, counts, strict=True):

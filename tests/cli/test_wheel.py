@@ -54,7 +54,7 @@ def test_it_runs_away_from_the_checkout(installed: Path, tmp_path: Path) -> None
 
 def test_the_metadata_name_the_command_and_the_licence(installed: Path) -> None:
     (info,) = installed.glob("*.dist-info")
-    assert "peft-train = peftcli.cli:main" in (info / "entry_points.txt").read_text()
+    assert "peft-train = peftcli.__main__:main" in (info / "entry_points.txt").read_text()
     metadata = (info / "METADATA").read_text()
     assert "License-Expression: Apache-2.0" in metadata
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

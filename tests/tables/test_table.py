@@ -13,7 +13,7 @@ import pytest
 from peftcli.errors import ConfigError, DataError
 from peftcli.tables.render import Cell, Table
 from peftcli.tables.runs import read_runs
-from peftcli.tables.table import Asked, make_table
+from peftcli.tables.table import Asked, plan_of, table_of
 from tests.tables.conftest import WriteRun
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ LR = "optimizer.lr"
 
 
 def table(*paths: Path, **asked: object) -> Table:
-    return make_table(read_runs(paths), Asked(**asked))
+    runs, wanted = read_runs(paths), Asked(**asked)
+    return table_of(runs, plan_of(runs, wanted), wanted.paired)
 
 
 def cell(found: Table, row: str, column: str) -> Cell:
