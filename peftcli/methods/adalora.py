@@ -32,7 +32,8 @@ from peftcli.core.method import Method, Step
 from peftcli.core.rows import RowsDelta
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
-from peftcli.methods.lora import LoRADelta, LowRank
+from peftcli.methods.lora import LoRADelta
+from peftcli.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
