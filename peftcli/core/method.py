@@ -115,16 +115,20 @@ class Method:
         """The parts of the training, in order."""
         return (Stage(),)
 
-    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: matrices decay, biases, norms and scales (fewer than two dimensions) do
-        not.
+    def decaying(self, host: Host) -> set[nn.Parameter]:
+        """What weight decay pulls to zero: matrices, not biases, norms and scales (fewer than two
+        dimensions).
         """
-        trained = host.trained().values()
+        return {p for p in host.trained().values() if p.ndim >= 2}
+
+    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: what decays, and the rest."""
+        decaying, trained = self.decaying(host), host.trained().values()
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            {"params": [p for p in trained if p in decaying], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p not in decaying], "weight_decay": 0.0},
         ]
-        return [g for g in groups if g["params"]]
+        return [{**group, "lr": lr} for group in groups if group["params"]]
 
     def before_step(self, host: Host, t: Step) -> None:
         """Before the forward pass of step `t`."""
