@@ -26,6 +26,7 @@ class Traits:
     quantisable: bool
     pre_pass: bool
     exports: str  # a type of Hugging Face peft, `model`, or `own`
+    counted: bool  # a model's dimensions alone say how many numbers train
 
 
 @cache
@@ -37,11 +38,12 @@ def traits(target: str) -> Traits:
     whole = class_value(target, "publishes_model")
     return Traits(
         kind,
-        class_value(target, "modalities") or (("text",) if kind == "prompt" else ("text", "image")),
+        class_value(target, "modalities") or (),
         folds(target),
         class_value(target, "on_quantised") is not False,
         looks_at_data(target),
         "model" if whole else f"peft {theirs}".strip() if theirs or bridge else "own",
+        not any("num_chosen" in cls.methods for cls in ancestry(target) if cls.name != "Method"),
     )
 
 
@@ -85,9 +87,19 @@ def _defines_merged(line: tuple[Class, ...]) -> bool:
 
 def looks_at_data(target: str) -> bool:
     """Whether the method, with some of its options, looks at the task before it trains."""
-    return any(map(_has_pre_pass, files_of(target)))
+    return any(map(_has_pre_pass, files_of(target))) and _takes_data(target)
 
 
 @cache
 def _has_pre_pass(file: Source) -> bool:
     return _PRE_PASS.search(file.text) is not None
+
+
+def _takes_data(target: str) -> bool:
+    """Whether the method's `setup` does more with the data than hand them to its base's."""
+    for cls in (c for c in ancestry(target) if "setup" in c.methods):
+        body = "\n".join(map(ast.unparse, cls.method("setup")))
+        own = body.replace("super().setup(host, data)", "")
+        if re.search(r"\bdata\b", own) or own == body:
+            return "data" in own
+    return False

@@ -63,6 +63,7 @@ class Method:
     """
 
     family: ClassVar[str] = ""
+    modalities: ClassVar[tuple[str, ...]] = ("text", "image")  # kinds of data that it trains on
     peft_type: ClassVar[str | None] = None  # name in Hugging Face peft, where it has the method
     hf_fields: ClassVar[Mapping[str, str]] = {}  # our field: peft's field
     hf_harmless: ClassVar[frozenset[str]] = (
@@ -84,6 +85,13 @@ class Method:
     modules_to_save: tuple[
         str, ...
     ] = ()  # modules trained whole beside the method; fresh heads always are
+
+    @property
+    def num_chosen(self) -> int | None:
+        """About how many numbers train, where the task's data choose which; None where a model's
+        dimensions alone say how many.
+        """
+        return None
 
     def build(self, site: Site) -> Delta | None:
         """The delta of one site, or None to leave it alone."""

@@ -199,6 +199,11 @@ class SPT(Method):
     target_modules: str | tuple[str, ...] = "all-linear"
     allocation: dict[str, Annotated[int, Ge(0)]] = field(default_factory=dict)
 
+    @property
+    def num_chosen(self) -> int | None:
+        """The budget, which the total may miss by some; None where the allocation is known."""
+        return None if self.allocation else self.budget
+
     def price(self, site: Site) -> Price:
         """Of a matrix: both factors, or the adapter with its biases."""
         cost = self.r * (site.d_in + site.d_out)

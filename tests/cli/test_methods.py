@@ -74,7 +74,9 @@ def test_methods_are_chosen_by_their_traits(cli: Cli) -> None:
     assert names(cli, "--exports", "LORA") >= {"lora"}
     assert names(cli, "--exports", "model") >= {"full"}
     assert names(cli, "--pre-pass") | names(cli, "--no-pre-pass") == everything
-    assert names(cli, "--modality", "image") < everything
+    assert {"lora", "qwha", "spt"} <= names(cli, "--pre-pass")
+    assert not {"dora", "adalora", "lamda", "vera"} & names(cli, "--pre-pass")  # use LoRA's parts
+    assert everything - names(cli, "--modality", "image") == {"prompt_tuning"}
     assert names(cli, "--family", "nothing") == set()
 
 
