@@ -59,10 +59,11 @@ def family(target: str) -> str:
 
 
 def folds(target: str) -> bool:
-    """Whether the method's equation says how it folds into a weight; what trains the base's own
-    weights has nothing to fold.
+    """Whether the method's equation says how it folds into a weight, or the method how it folds
+    into the model; what trains the base's own weights has nothing to fold.
     """
-    if family(target) == "selective":
+    in_model = any("before_merge" in cls.methods for cls in ancestry(target) if cls.name != "Method")
+    if family(target) == "selective" or in_model:
         return True
     return any(map(_has_folding_delta, files_of(target)))
 
@@ -98,8 +99,9 @@ def _has_pre_pass(file: Source) -> bool:
 def _takes_data(target: str) -> bool:
     """Whether the method's `setup` does more with the data than hand them to its base's."""
     for cls in (c for c in ancestry(target) if "setup" in c.methods):
-        body = "\n".join(map(ast.unparse, cls.method("setup")))
-        own = body.replace("super().setup(host, data)", "")
-        if re.search(r"\bdata\b", own) or own == body:
-            return "data" in own
+        nodes = [node for statement in cls.method("setup") for node in ast.walk(statement)]
+        uses = sum(isinstance(node, ast.Name) and node.id == "data" for node in nodes)
+        handed_on = cls.methods["setup"].count("super().setup(host, data)")
+        if uses > handed_on or not handed_on:
+            return uses > handed_on
     return False

@@ -290,7 +290,6 @@ class BottleneckAdapter(Method):
 
     family: ClassVar[str] = "adapter"
     size_option: ClassVar[str | None] = "bottleneck_dim"
-    starts_at_base: ClassVar[bool] = False  # near it: see `INITS`
 
     preset: Literal["houlsby", "pfeiffer", "adapter_plus"] = "houlsby"
     positions: tuple[Position, ...] | None = None
@@ -309,6 +308,11 @@ class BottleneckAdapter(Method):
     original_ln_before: bool | None = None
     residual_before_ln: bool | Literal["post_add"] | None = None
     original_ln_after: bool | None = None
+
+    @property
+    def starts_at_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """With `lora`; else near it."""
+        return self.value("init") == "lora"
 
     def value(self, field: str) -> Any:
         """The field's value, or its preset's."""

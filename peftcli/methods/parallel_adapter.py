@@ -132,6 +132,11 @@ class ParallelAdapter(Method):
     pre_ln_input: bool = False
     leave_out: tuple[Annotated[int, Ge(0)], ...] = ()
 
+    @property
+    def starts_at_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What changes the attention starts normal."""
+        return self.ffn_init == "lora" and self.attn_kind == "none"
+
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """One entry for each feed-forward part and one for each attention."""
         kinds = (("ffn",) if self.ffn_r else ()) + (
