@@ -43,7 +43,7 @@ def traits(target: str) -> Traits:
         class_value(target, "on_quantised") is not False,
         looks_at_data(target),
         "model" if whole else f"peft {theirs}".strip() if theirs or bridge else "own",
-        not any("num_chosen" in cls.methods for cls in ancestry(target) if cls.name != "Method"),
+        not _defines(target, "num_chosen"),
     )
 
 
@@ -62,8 +62,7 @@ def folds(target: str) -> bool:
     """Whether the method's equation says how it folds into a weight, or the method how it folds
     into the model; what trains the base's own weights has nothing to fold.
     """
-    in_model = any("before_merge" in cls.methods for cls in ancestry(target) if cls.name != "Method")
-    if family(target) == "selective" or in_model:
+    if family(target) == "selective" or _defines(target, "before_merge"):
         return True
     return any(map(_has_folding_delta, files_of(target)))
 
@@ -84,6 +83,11 @@ def _defines_merged(line: tuple[Class, ...]) -> bool:
     nearest = next((c for c in line if "merged" in c.methods), None)
     body = nearest.method("merged") if nearest else []
     return not all(isinstance(statement, ast.Expr | ast.Raise) for statement in body)
+
+
+def _defines(target: str, name: str) -> bool:
+    """Whether a method has a function of its own in place of `Method`'s."""
+    return any(name in cls.methods for cls in ancestry(target) if cls.name != "Method")
 
 
 def looks_at_data(target: str) -> bool:

@@ -81,6 +81,7 @@ class Method:
     fills_mask: ClassVar[bool] = False  # answers classes by words, through a masked-language head
     on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
     size_option: ClassVar[str | None] = None  # the field by which more or fewer numbers train
+    patterns: ClassVar[tuple[str, ...]] = ()  # fields whose keys mean some of `target_modules`
 
     modules_to_save: tuple[
         str, ...

@@ -33,6 +33,7 @@ class LowRank(Method):
 
     family: ClassVar[str] = "low-rank"
     size_option: ClassVar[str | None] = "r"
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     peft_type: ClassVar[str | None] = "LORA"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "r": "r",

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
-from peftcli.core.site import Site, Sublayer, find_sites
+from peftcli.core.site import Site, find_sites
+from peftcli.core.sublayer import Sublayer
 from peftcli.errors import ConfigError, NotApplicable
-from peftcli.methods.bottleneck_adapter import (
+from peftcli.methods.adapter import (
     AdapterDelta,
     Bottleneck,
     LendDelta,

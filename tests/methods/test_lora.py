@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +182,23 @@ def test_a_target_that_matches_nothing_names_the_nearest() -> None:
     host = Host(tiny.models()["llama"]())
     with pytest.raises(ConfigError, match=r"'q_prj' matches no module .* Nearest: q_proj"):
         host.add(LoRA(target_modules=("v", "q_prj")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rank_pattern": {"k": 4}}, r"method.rank_pattern: 'k' means none .* which are q, v"),
+        ({"alpha_pattern": {"q_prj": 4.0}}, r"method.alpha_pattern: 'q_prj'"),
+        ({"rank_pattern": {"(": 4}}, r"'\(' is no name and no regular expression"),
+    ],
+)
+def test_patterns_that_mean_no_target_are_refused_where_one_trains(
+    fields: dict[str, Any], said: str
+) -> None:
+    host = Host(tiny.llama())
+    with pytest.raises(ConfigError, match=said):
+        host.add(LoRA(**fields), data=tiny.Look(host.model, "llama"))
+    assert not host.adapters
 
 
 @pytest.mark.parametrize(("bias", "count"), [("none", 0), ("all", 2 * 6 + 1), ("lora_only", 2 * 3)])
