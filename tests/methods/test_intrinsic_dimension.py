@@ -207,10 +207,10 @@ def test_the_file_holds_d_numbers_and_the_seed(tmp_path: Path) -> None:
 def test_an_unmatched_filter_is_refused() -> None:
     with pytest.raises(ConfigError, match="found in no parameter's name"):
         Host(tiny.llama()).add(IntrinsicDimension(filter="atention"))
+    with pytest.raises(ConfigError, match=r"method.filter: '\(' is no name and no regular"):
+        Host(tiny.llama()).add(IntrinsicDimension(filter="("))
 
 
 def test_the_dense_projection_has_deviation_a_hundredth() -> None:
     P = Dense(400, 50, torch.Generator().manual_seed(0)).P
     assert P.std().item() == pytest.approx(0.01, rel=0.02)
-    with pytest.raises(ConfigError, match=r"method.filter: '\(' is no name and no regular"):
-        Host(tiny.llama()).add(IntrinsicDimension(filter="("))
