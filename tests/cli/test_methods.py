@@ -49,7 +49,8 @@ def merges(method: str, model: str) -> bool:
     host = Host(tiny.models()[model]())
     try:
         host.add(make_method(method), data=tiny.Look(host.model, model))
-        if host.sites["default"]:
+        host.adapters["default"].before_merge(host, "default")
+        if host.sites.get("default"):
             host.merge()
     except NotApplicable:
         return False
