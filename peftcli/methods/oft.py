@@ -202,6 +202,12 @@ class OFT(Method):
         """The identity, as blocks."""
         terms = self.terms if self.cayley_neumann else None
         b = self.block_of(site.d_in)
+        if b == 1:
+            raise ConfigError(
+                f"method.block_size={self.block_size}, method.r={self.r}: blocks of one number, as "
+                f"they are at {site.path} of width {site.d_in}, do not turn. Take larger blocks, "
+                "or leave the layer out of method.target_modules."
+            )
         return OFTDelta(site, b, terms, self.block_share, self.module_dropout)
 
     def after_step(self, host: Host, t: Step) -> None:

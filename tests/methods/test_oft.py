@@ -130,6 +130,14 @@ def test_size_and_number_exclude_each_other() -> None:
             OFT(**fields)
 
 
+@pytest.mark.filterwarnings("ignore:method.block_size=4 does not divide")
+@pytest.mark.parametrize(("width", "block_size"), [(8, 1), (17, 4)])
+def test_blocks_of_one_number_are_refused(width: int, block_size: int) -> None:
+    linear = nn.Linear(width, 3)
+    with pytest.raises(ConfigError, match="blocks of one number"):
+        OFT(block_size=block_size).build(Site("m", linear, "linear", width, 3))
+
+
 def test_an_embedding_is_refused() -> None:
     host = Host(tiny.llama())
     with pytest.raises(ConfigError, match="ids that do not turn"):
