@@ -24,6 +24,7 @@ from peftcli.errors import ConfigError
 from peftcli.kernels import choice
 from peftcli.models import attention, compiled, load
 from peftcli.models.head import direct_head
+from peftcli.models.positions import refuse_long_rows
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
 from peftcli.train import device, streams
@@ -189,6 +190,8 @@ def adapt(parts: Parts) -> None:
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
         host.add(parts.run.method, data=preview(parts))
+    if parts.data is not None and parts.task != "seq2seq":  # there of source and target together
+        refuse_long_rows(host, parts.data.stats)
     if parts.run.trainer.compile:
         compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)

@@ -57,6 +57,32 @@ def folded(model: nn.Module) -> Weights:
     return found
 
 
+@torch.no_grad()
+def write(model: nn.Module) -> Weights:
+    """Fold the active deltas into the weights; returns what these were, as they are stored. Raises
+    as `folded` does.
+    """
+    kept: Weights = {}
+    for path, (W, b) in folded(model).items():
+        module = model.get_submodule(path)
+        bias = getattr(module, "bias", None)
+        kept[path] = (weights.weight_of(module).clone(), None if bias is None else bias.clone())
+        weights.write(module, W, b)
+    return kept
+
+
+@torch.no_grad()
+def restore(model: nn.Module, kept: Weights) -> None:
+    """Put back the weights that `write` gave."""
+    for path, (W, b) in kept.items():
+        module = model.get_submodule(path)
+        weights.weight_of(module).copy_(W)
+        if b is not None:
+            module.get_parameter("bias").copy_(b)
+        elif getattr(module, "bias", None) is not None:
+            module.register_parameter("bias", None)
+
+
 def _holders(model: nn.Module) -> dict[Any, dict[nn.Module, str]]:
     """For each weight the modules that have it, with their paths."""
     found: dict[Any, dict[nn.Module, str]] = {}
