@@ -68,11 +68,12 @@ def run(
     where any failed.
     """
     ledger = Ledger(folder_of(line))
-    if search is not None:
+    if search is not None and search.proposes:
         search.require_own_folder(ledger)
-        members = search.to_come(ledger) if dry_run and search.proposes else members
+        members = search.to_come(ledger) if dry_run else members
     planned = plan(members, line, composer)
-    told = planned or plan([search.example] if search else [], line, composer)
+    told = planned or plan(search.examples if search else [], line, composer)
+    require_some(told)
     require_evaluations(line.sweep, told)
     line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
@@ -98,6 +99,14 @@ def run(
     if search is not None:
         search.report(ledger)
     return code
+
+
+def require_some(planned: Sequence[Planned]) -> None:
+    """Refuse a line of which no member can be composed: it is the line that is wrong."""
+    reasons = list(dict.fromkeys(p.reason for p in planned if p.reason is not None))
+    if planned and all(p.cfg is None for p in planned):
+        more = f" Of {len(planned)} members none can be run." if len(planned) > 1 else ""
+        raise ConfigError(f"{reasons[0]}{more}")
 
 
 def require_evaluations(settings: Sweep, planned: Sequence[Planned]) -> None:

@@ -95,7 +95,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise DataError(f"{path}: cannot be read ({e}).") from None

@@ -4,6 +4,7 @@ sweep grammar (choices, ranges, globs), and each member's checked configuration.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class Composer:
     def __init__(self, config_dirs: Sequence[Path] = (), config_name: str | None = None) -> None:
         self.config_dirs = list(config_dirs)
         self.config_name = config_name or cards.ROOT
+        self.of_files: dict[Words, DictConfig] = {}  # what choices of files make, without values
         with our_words([], self.config_dirs):
             self.hydra: Hydra = hydra_app.open_hydra(self.config_dirs)
 
@@ -101,12 +103,22 @@ class Composer:
         """(id, configuration) of the run that these words make, every value checked."""
         with our_words(words, self.config_dirs):
             cfg = hydra_app.own_part(self._composed(words))
-            config.typed(cfg, self.config_dirs)
             plain = config.resolved(cfg)
+            config.checked(plain, self.config_dirs)
         return id_of(plain), OmegaConf.create(plain)
 
     def _composed(self, words: Sequence[str]) -> DictConfig:
-        cfg = self.hydra.compose_config(self.config_name, [*words, "hydra.mode=RUN"], RunMode.RUN)
+        """What Hydra composes of the words. Files take a third of a second to read and merge, so
+        each choice of them is composed once, and values are put over a copy, as Hydra does.
+        """
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        files = tuple(str(o.input_line) for o in parsed if not _is_value(o))
+        if files not in self.of_files:
+            self.of_files[files] = self.hydra.compose_config(
+                self.config_name, [*files, "hydra.mode=RUN"], RunMode.RUN
+            )
+        cfg = copy.deepcopy(self.of_files[files])
+        hydra_app.put_over(cfg, [o for o in parsed if _is_value(o)])
         HydraConfig.instance().set_config(cfg)  # for `hydra:` interpolations
         return cfg
 
@@ -131,6 +143,16 @@ def _refuse(override: Override) -> None:
         raise ConfigError(f"{override.input_line}: {ELSEWHERE[key]}")
     if override.is_sweep_override() and _tells_how(override):
         raise ConfigError(f"{override.input_line}: is of the whole sweep; give it one value.")
+
+
+def _is_value(override: Override) -> bool:
+    """Whether it sets a key of the composed configuration, and chooses no file."""
+    key = override.key_or_group
+    return (
+        override.package is None
+        and (key in cards.RUN_KEYS or "." in key)
+        and (_first(override) != "hydra")
+    )
 
 
 def _written_key(override: Override) -> str:

@@ -124,9 +124,14 @@ def checklist(
     frozen = incumbent.read(folder)
     assert frozen is not None
     signs = dict(zip(goal.names, goal.signs, strict=True))
+    apart = (
+        f"test runs are of other data ({sweep.report_on})"
+        if sweep.report_on
+        else "tuning runs evaluate one half of the held-out examples, test runs the other "
+        "(dataset.eval_part)"
+    )
     return {
-        "separation": "tuning and test seeds are disjoint; tuning runs evaluate one half of the "
-        "held-out examples, test runs the other (dataset.eval_part)",
+        "separation": f"tuning and test seeds are disjoint; {apart}",
         "search": {"kind": sweep.search, "seed": sweep.search_seed},
         "space": study.space.describe(),
         "metric": {n: "maximize" if s > 0 else "minimize" for n, s in signs.items()},

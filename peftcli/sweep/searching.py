@@ -36,10 +36,10 @@ class Searching:
         return self.study.sweep.search != "grid" or bool(self.study.sweep.tuning_seeds)
 
     @property
-    def example(self) -> Point:
-        """The settings of one of its runs."""
-        cell = self.study.cells[0]
-        return (*cell.fixed, *cell.space.at([0.0] * len(cell.space.dimensions)))
+    def examples(self) -> list[Point]:
+        """The settings of a run of each thing that is compared."""
+        cells = self.study.cells
+        return [(*c.fixed, *c.space.at([0.0] * len(c.space.dimensions))) for c in cells]
 
     def propose(self, ledger: Ledger) -> list[Point]:
         """Members to plan now. Under the folder's lock."""

@@ -36,13 +36,14 @@ class Source:
     title: str
     authors: str
     year: int
-    arxiv: str
     table: str  # which of the paper's
+    arxiv: str | None = None  # null: no paper printed it
 
     @property
     def line(self) -> str:
         """Who printed it, where."""
-        return f"{self.authors} {self.year}, arXiv {self.arxiv}, {self.table}"
+        paper = f"arXiv {self.arxiv}, " if self.arxiv else ""
+        return f"{self.authors} {self.year}, {paper}{self.table}"
 
 
 @dataclass(frozen=True)
