@@ -105,10 +105,14 @@ def table(folder: Path) -> dict[str, Any]:
     return said
 
 
-def overhead(folder: Path, seconds: float) -> float:
-    """Seconds a member beyond its own run, of a sweep by two processes that took so many."""
-    results = [json.loads(p.read_text()) for p in folder.glob("members/*/result.json")]
-    return (2 * seconds - sum(r["run_info"]["total_time"] for r in results)) / len(results)
+def overhead(folder: Path, seconds: float) -> tuple[float, float]:
+    """Seconds a member beyond its own run, of a sweep by two processes that took so many: with the
+    starts and the ends of both, and from the member's start to its end alone.
+    """
+    paths = list(folder.glob("members/*/result.json"))
+    runs = sum(json.loads(p.read_text())["run_info"]["total_time"] for p in paths)
+    members = sum(json.loads((p.parent / "member.json").read_text())["seconds"] for p in paths)
+    return (2 * seconds - runs) / len(paths), (members - runs) / len(paths)
 
 
 # -- Beside it -------------------------------------------------------------------------------------
@@ -155,10 +159,11 @@ def soak(line: Sequence[str], kills: int, place: Path) -> list[str]:
         found.append(f"the driver could be killed only {killed} times")
     if table(place / "quiet") != table(place / "killed"):
         found.append("the tables differ")
-    ours, theirs = overhead(place / "quiet", seconds), peers_overhead()
+    (ours, each), theirs = overhead(place / "quiet", seconds), peers_overhead()
     members = len(list((place / "quiet" / "members").iterdir()))
     print(f"{members} members, {killed} kills; quiet sweep {seconds:.0f} s by two processes")
-    print(f"beyond its run a member costs {ours:.2f} s; HF peft and Trainer {theirs:.2f} s")
+    print(f"beyond its run a member costs {ours:.2f} s, {each:.2f} s without what is done once")
+    print(f"around its training a process with HF peft and Trainer takes {theirs:.2f} s")
     if ours > min(CLEAR, theirs):
         found.append(f"a member costs more than {min(CLEAR, theirs):.2f} s beyond its run")
     return found

@@ -100,7 +100,7 @@ def test_a_line_of_which_no_member_can_be_run_is_refused(
 def test_a_damaged_record_says_what_to_take_away(tmp_path: Path) -> None:
     ledger = quick.planned(tmp_path / "s", ["m=1"])
     (tmp_path / "s" / "members" / "000000000001" / "member.json").write_text("{")
-    with pytest.raises(DataError, match="Take .*000000000001 away"):
+    with pytest.raises(DataError, match=r"Take .*000000000001 away"):
         ledger.members()
 
 
