@@ -78,7 +78,8 @@ def run(
     line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
         at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
-        cost.show(listed(planned, ledger), ledger, at_once)
+        workers = 1 if line.sweep.launcher == "local" else line.sweep.workers
+        cost.show(listed(planned, ledger), ledger, at_once * workers)
         return 0
     more = adder(search, ledger, line, composer)
     ids = None if more else {p.id for p in planned}
