@@ -116,7 +116,7 @@ def overhead(folder: Path, seconds: float) -> tuple[float, float]:
 
 
 # -- Beside it -------------------------------------------------------------------------------------
-def peers_overhead(rounds: int = 3) -> float:
+def peers_overhead(log: Path, rounds: int = 3) -> float:
     """The least seconds of a process with HF peft and Trainer around its training."""
     from peftcli.models.convert import folder_of
     from peftcli.models.source import cache_dir, resolve
@@ -127,8 +127,9 @@ def peers_overhead(rounds: int = 3) -> float:
     for _ in range(rounds):
         begun = time.monotonic()
         command = [sys.executable, __file__, "--peer", str(folder)]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found.append(time.monotonic() - begun - float(said.splitlines()[-1]))
+        with open(log, "ab") as file:
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=file)
+        found.append(time.monotonic() - begun - float(done.stdout.split()[-1]))
     return min(found)
 
 
@@ -159,7 +160,7 @@ def soak(line: Sequence[str], kills: int, place: Path) -> list[str]:
         found.append(f"the driver could be killed only {killed} times")
     if table(place / "quiet") != table(place / "killed"):
         found.append("the tables differ")
-    (ours, each), theirs = overhead(place / "quiet", seconds), peers_overhead()
+    (ours, each), theirs = overhead(place / "quiet", seconds), peers_overhead(place / "peer.log")
     members = len(list((place / "quiet" / "members").iterdir()))
     print(f"{members} members, {killed} kills; quiet sweep {seconds:.0f} s by two processes")
     print(f"beyond its run a member costs {ours:.2f} s, {each:.2f} s without what is done once")

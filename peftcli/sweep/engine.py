@@ -127,13 +127,16 @@ def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
     head = ledger.head()
     os.chdir(head["folder"])  # where the line was given; its paths may be relative
     settings = Sweep(**{**head["sweep"], **({"jobs": jobs} if jobs else {})})
-    composer = Composer([Path(p) for p in head["config_dirs"]], head["config_name"])
-    line = composer.read(head["line"])
-    search = searching(line.sweep, line.space, line.given, composer.config_dirs)
     log_to(ledger.folder / LOG)
-    more = adder(search, ledger, line, composer) if head["is_searched"] else None
+    more = hopeless = None
+    if head["is_searched"] or settings.prune != "none":  # else there is nothing to compose
+        composer = Composer([Path(p) for p in head["config_dirs"]], head["config_name"])
+        line = composer.read(head["line"])
+        search = searching(line.sweep, line.space, line.given, composer.config_dirs)
+        more = adder(search, ledger, line, composer) if head["is_searched"] else None
+        hopeless = search.hopeless
     stop = ledger.folder / stop_file if stop_file else None
-    return work(ledger, settings, None, more, search.hopeless, stop)
+    return work(ledger, settings, None, more, hopeless, stop)
 
 
 def adder(

@@ -60,7 +60,7 @@ class Member:
     @property
     def title(self) -> str:
         """What it has of its own, in one line."""
-        return " ".join(self.overrides) or "the run"
+        return " ".join(word.lstrip("+") for word in self.overrides) or "the run"
 
 
 @dataclass(frozen=True)
