@@ -78,13 +78,8 @@ def load(
 # -- Typed -----------------------------------------------------------------------------------------
 def typed(cfg: DictConfig, config_dirs: Iterable[Path] = ()) -> settings.Run:
     """The checked `Run` of a configuration."""
-    return checked(resolved(cfg), config_dirs)
-
-
-def checked(tree: dict[str, Any], config_dirs: Iterable[Path] = ()) -> settings.Run:
-    """The same of a configuration's resolved values."""
-    check = Check(tree, list(config_dirs))
-    check.keys("", settings.Run, tree)
+    Check({}, list(config_dirs)).keys("", settings.Run, dict.fromkeys(map(str, cfg)))
+    check = Check(resolved(cfg), list(config_dirs))
     wrong: list[str] = []
     values: dict[str, Any] = {}
     for part in ("", *cards.RUN_GROUPS):

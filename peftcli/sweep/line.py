@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
@@ -103,8 +104,8 @@ class Composer:
         """(id, configuration) of the run that these words make, every value checked."""
         with our_words(words, self.config_dirs):
             cfg = hydra_app.own_part(self._composed(words))
-            plain = config.resolved(cfg)
-            config.checked(plain, self.config_dirs)
+            config.typed(cfg, self.config_dirs)
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
         return id_of(plain), OmegaConf.create(plain)
 
     def _composed(self, words: Sequence[str]) -> DictConfig:
@@ -163,8 +164,3 @@ def _written_key(override: Override) -> str:
 def _key(word: str) -> str:
     """The bare key of an override."""
     return word.lstrip("+~").partition("=")[0].strip()
-
-
-def is_group(word: str) -> bool:
-    """Whether an override chooses a group's file or a recipe."""
-    return _key(word) in (*cards.GROUPS, "recipe")

@@ -230,11 +230,6 @@ class Asked:
         return dataclasses.replace(paper, rows=rows, columns=columns)
 
 
-def is_name(word: str) -> bool:
-    """Whether a word says which table."""
-    return key_of(word) == "table"
-
-
 def asked_of(words: Sequence[str]) -> tuple[Asked, list[str]]:
     """What `+table=NAME`, `table.rows=[...]` and `table.columns=[...]` ask for, and the words that
     are none of these.
