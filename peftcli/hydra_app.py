@@ -203,7 +203,9 @@ def normalised(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[st
 
 
 def put_over(cfg: DictConfig, values: Sequence[Override]) -> None:
-    """Set keys of a composed configuration, which then is as if it was composed with them."""
+    """Set keys of a composed configuration, which then is as if it was composed with them, but for
+    `hydra.job.override_dirname`.
+    """
     ConfigLoaderImpl._apply_overrides_to_config(list(values), cfg)
     cfg.hydra.overrides.task.extend([o.input_line for o in values])
 

@@ -118,8 +118,8 @@ class Study:
             seed = int(given.get(SEED, -1)) if self.sweep.tuning_seeds else None
             if seed not in self.seeds:
                 continue
-            apart, kept = self._data(test=False), {*self._data(test=True)}
-            if not set(apart) <= set(trial.overrides) or kept & set(trial.overrides):
+            own, words = set(self._data(test=False)), set(trial.overrides)
+            if own - words or words & set(self._data(test=True)):
                 raise ConfigError(
                     f"{' '.join(trial.overrides)}: a tuning run must not see the examples that "
                     "are kept for the report."
