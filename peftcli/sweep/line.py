@@ -22,7 +22,7 @@ from peftcli.errors import ConfigError
 from peftcli.hydra_words import our_words
 from peftcli.settings import Sweep
 from peftcli.sweep.ledger import id_of
-from peftcli.sweep.space import Space, dimension
+from peftcli.sweep.space import Dimension, Space, dimension
 
 Words = tuple[str, ...]  # overrides
 # What only says how members are run: the same line without these is the same sweep.
@@ -86,10 +86,10 @@ class Composer:
             cfg = self._composed([str(o.input_line) for o in own])
             recipe_s = [f"{k}={v}" for k, v in (cfg.hydra.sweeper.get("params") or {}).items()]
             parsed = [*parser.parse_overrides(recipe_s), *parsed]
-            swept = {_written_key(o): dimension(o) for o in parsed if o.is_sweep_override()}
+            swept = _swept(parsed)
         for override in parsed:
             _refuse(override)
-        fixed = [o for o in parsed if not o.is_sweep_override() and _written_key(o) not in swept]
+        fixed = [o for o in parsed if not o.is_sweep_override() and _place(o) not in swept]
         return Line(
             given=tuple(given),
             base=tuple(str(o.input_line) for o in fixed if _first(o) not in cards.OF_SWEEPS),
@@ -156,9 +156,19 @@ def _is_value(override: Override) -> bool:
     )
 
 
-def _written_key(override: Override) -> str:
-    """The key with its `+` and package, as Hydra writes it."""
-    return str(override.get_key_element())
+def _swept(words: Sequence[Override]) -> dict[tuple[str, str | None], Dimension]:
+    """What is swept, by its place; of words for the same place the last counts."""
+    found: dict[tuple[str, str | None], Dimension] = {}
+    for word in words:
+        if word.is_sweep_override():
+            found[_place(word)] = dimension(word)
+        else:
+            found.pop(_place(word), None)
+    return found
+
+
+def _place(override: Override) -> tuple[str, str | None]:
+    return override.key_or_group, override.package
 
 
 def _key(word: str) -> str:

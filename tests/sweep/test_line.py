@@ -37,6 +37,15 @@ def test_choices_ranges_and_globs_are_a_grid(composer: Composer) -> None:
     assert len(composer.read([*GIVEN, "scheduler=glob(co*)"]).grid) == 3
 
 
+def test_of_words_for_one_key_the_last_counts(composer: Composer) -> None:
+    recipe = ["+recipe=methods_minilm", "method=lora,ssf"]
+    assert composer.read(recipe).space.keys == ["method", "optimizer.lr"]
+    fixed = composer.read([*recipe, "optimizer.lr=1e-3"])
+    assert (fixed.space.keys, fixed.base[1:]) == (["method"], ("optimizer.lr=1e-3",))
+    assert composer.read([*GIVEN, "seed=0,1", "seed=3"]).base == (*GIVEN, "seed=3")
+    assert composer.read([*GIVEN, "seed=3", "seed=0,1"]).base == GIVEN
+
+
 def test_how_members_are_run_is_no_part_of_them(composer: Composer) -> None:
     ids = {
         composer.member([*composer.read([*GIVEN, *more]).base, "seed=1"])[0]
