@@ -53,7 +53,6 @@ class Board:
 
     def started(self, member: Member, goes_on: bool) -> None:
         """A member has begun."""
-        self.total = max(self.total, member.number)  # a search adds members
         say(f"{self._place(member)} {'goes on' if goes_on else 'begins'}: {member.title}", "cyan")
 
     def ended(self, member: Member, ledger: Ledger) -> None:
@@ -72,6 +71,7 @@ class Board:
         say(f"{self._place(member)} was taken over by another process: {member.title}", "yellow")
 
     def _place(self, member: Member) -> str:
+        self.total = max(self.total, member.number)  # a search adds members
         width = len(str(self.total))
         return f"[{member.number:>{width}}/{self.total}]"
 

@@ -139,6 +139,32 @@ def test_what_was_frozen_stays_though_tuning_is_changed_afterwards(tmp_path: Pat
         incumbent.propose(other, tmp_path, members)
 
 
+def test_a_method_whose_runs_all_failed_is_chosen_when_they_are_run_again(tmp_path: Path) -> None:
+    def broken(given: Mapping[str, str]) -> dict[str, float] | None:
+        return None if given["method"] == "dora" else run(given)
+
+    study = Study(Sweep(**PROTOCOL), SPACE)
+    members = sweep(study, tmp_path, broken)
+    frozen = incumbent.read(tmp_path)
+    assert frozen is not None
+    assert [i["cell"] for i in frozen["incumbents"]] == ["method=lora"]
+    for member in members:
+        member.state = "waiting" if member.state == "failed" else member.state
+    go_on(study, tmp_path, run, members)
+    again = incumbent.read(tmp_path)
+    assert again is not None
+    assert again["incumbents"][:1] == frozen["incumbents"]
+    assert [i["cell"] for i in again["incumbents"]] == ["method=lora", "method=dora"]
+    assert len(of_stage(members, "report")) == 2 * 4
+
+
+def test_nothing_is_frozen_where_every_run_failed(tmp_path: Path) -> None:
+    study = Study(Sweep(**PROTOCOL), SPACE)
+    members = sweep(study, tmp_path, lambda given: None)
+    assert len(members) == 2 * 3 * 3
+    assert incumbent.read(tmp_path) is None
+
+
 def test_a_record_of_the_protocol_has_no_empty_entry(tmp_path: Path) -> None:
     study = Study(Sweep(**PROTOCOL), SPACE)
     members = sweep(study, tmp_path, run)
