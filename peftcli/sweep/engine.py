@@ -73,8 +73,7 @@ def run(
         members = search.to_come(ledger) if dry_run else members
     planned = plan(members, line, composer)
     told = planned or plan(search.examples if search else [], line, composer)
-    require_some(told)
-    require_evaluations(line.sweep, told)
+    check(line.sweep, told)
     line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
         at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
@@ -102,21 +101,22 @@ def run(
     return code
 
 
-def require_some(planned: Sequence[Planned]) -> None:
-    """Refuse a line of which no member can be composed: it is the line that is wrong."""
-    reasons = list(dict.fromkeys(p.reason for p in planned if p.reason is not None))
-    if planned and all(p.cfg is None for p in planned):
+def check(settings: Sweep, planned: Sequence[Planned]) -> None:
+    """Refuse a line of which no member can be composed, since it is the line that is wrong; to
+    judge runs that are not evaluated while they train; to report on the data of tuning.
+    """
+    cfgs = [p.cfg for p in planned if p.cfg is not None]
+    if planned and not cfgs:
         more = f" Of {len(planned)} members none can be run." if len(planned) > 1 else ""
-        raise ConfigError(f"{reasons[0]}{more}")
-
-
-def require_evaluations(settings: Sweep, planned: Sequence[Planned]) -> None:
-    """Refuse to judge runs that are not evaluated while they train."""
-    if settings.prune != "none" and any(p.cfg and not p.cfg.trainer.eval_steps for p in planned):
+        raise ConfigError(f"{planned[0].reason}{more}")
+    if settings.prune != "none" and any(not cfg.trainer.eval_steps for cfg in cfgs):
         raise ConfigError(
             f"sweep.prune={settings.prune}: judges runs by their evaluations while they train; "
             "set trainer.eval_steps=N, too."
         )
+    other = settings.report_on.items()
+    if other and any(all(OmegaConf.select(cfg, k) == v for k, v in other) for cfg in cfgs):
+        raise ConfigError("sweep.report_on: is what the settings are tuned on; name other data.")
 
 
 def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:

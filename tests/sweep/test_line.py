@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from peftcli import config, hydra_app
 from peftcli.errors import ConfigError, DataError
+from peftcli.settings import Sweep
 from peftcli.sweep import engine
 from peftcli.sweep.ledger import Ledger
 from peftcli.sweep.line import Composer
@@ -104,6 +105,13 @@ def test_a_line_of_which_no_member_can_be_run_is_refused(
     with pytest.raises(ConfigError, match=r"mean optimizer\.lr\? Of 2 members none can be run"):
         engine.run(line.grid, line, composer)
     assert not line.folder.exists()
+
+
+def test_the_data_of_tuning_are_not_reported_on(composer: Composer) -> None:
+    planned = engine.plan([()], composer.read(GIVEN), composer)
+    engine.check(Sweep(report_on={"dataset.path": "y"}), planned)
+    with pytest.raises(ConfigError, match="name other data"):
+        engine.check(Sweep(report_on={"dataset.path": "x"}), planned)
 
 
 def test_a_damaged_record_says_what_to_take_away(tmp_path: Path) -> None:
