@@ -72,7 +72,7 @@ def run(
         search.require_own_folder(ledger)
         members = search.to_come(ledger) if dry_run else members
     planned = plan(members, line, composer)
-    told = planned or plan(search.examples if search else [], line, composer)
+    told = plan(search.examples, line, composer) if search and search.proposes else planned
     check(line.sweep, told)
     line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
