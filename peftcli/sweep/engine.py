@@ -83,7 +83,7 @@ def run(
     more = adder(search, ledger, line, composer)
     ids = None if more else {p.id for p in planned}
     with ledger.locked():
-        begin(ledger, line, composer, is_searched=search is not None)
+        begin(ledger, line, composer, is_searched=more is not None)
         add(planned, ledger)
         if retry_failed:
             retry(ids, ledger)
@@ -249,7 +249,7 @@ def begin(ledger: Ledger, line: Line, composer: Composer, *, is_searched: bool) 
             "versions": versions(),
             "identity": line.identity,
             "sweep": dataclasses.asdict(line.sweep),
-            "is_searched": is_searched,  # or its members come from elsewhere
+            "is_searched": is_searched,  # members are planned while it runs
             "config_dirs": [str(p.absolute()) for p in composer.config_dirs],
             "config_name": composer.config_name,
             "folder": str(Path.cwd()),
