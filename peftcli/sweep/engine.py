@@ -133,7 +133,7 @@ def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
         composer = Composer([Path(p) for p in head["config_dirs"]], head["config_name"])
         line = composer.read(head["line"])
         search = searching(line.sweep, line.space, line.given, composer.config_dirs)
-        more = adder(search, ledger, line, composer) if head["is_searched"] else None
+        more = adder(search, ledger, line, composer)
         hopeless = search.hopeless
     stop = ledger.folder / stop_file if stop_file else None
     return work(ledger, settings, None, more, hopeless, stop)
