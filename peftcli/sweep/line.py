@@ -8,7 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
@@ -105,7 +105,7 @@ class Composer:
         with our_words(words, self.config_dirs):
             cfg = hydra_app.own_part(self._composed(words))
             config.typed(cfg, self.config_dirs)
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        plain = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))
         return id_of(plain), OmegaConf.create(plain)
 
     def _composed(self, words: Sequence[str]) -> DictConfig:
