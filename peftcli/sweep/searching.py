@@ -37,9 +37,10 @@ class Searching:
 
     @property
     def examples(self) -> list[Point]:
-        """The settings of a run of each thing that is compared."""
+        """The settings of a run of each thing that is compared, and further ones of the first."""
         cells = self.study.cells
-        return [(*c.fixed, *c.space.at([0.0] * len(c.space.dimensions))) for c in cells]
+        places = [*((cell, 0.0) for cell in cells), (cells[0], 0.5), (cells[0], 0.99)]
+        return [(*c.fixed, *c.space.at([u] * len(c.space.dimensions))) for c, u in places]
 
     def propose(self, ledger: Ledger) -> list[Point]:
         """Members to plan now. Under the folder's lock."""
