@@ -32,6 +32,8 @@ from peftcli.train.estimate import Estimate
 from peftcli.train.evaluate import answer_freely, evaluate
 from peftcli.train.preview import Preview
 
+LABELLED = ("classification", "image_classification")  # heads have the classes of the data
+
 
 @dataclass
 class Parts:
@@ -71,7 +73,8 @@ def build(
     run: Run, *, with_data: bool = True, dequantised: bool = False, sharding: bool = False
 ) -> Parts:
     """Load what `run` names, without its method: the base model on its device, the data, and how
-    rows are laid out. `dequantised`: weights as `run.quantization` rounds them, in plain linears.
+    rows are laid out. Without `with_data` data are read only where the model's shape goes by them.
+    `dequantised`: weights as `run.quantization` rounds them, in plain linears.
     `sharding`: the model stays in the memory of the CPU until it is cut up.
     """
     if run.quantization.name != "none" and not run.method.on_quantised:
@@ -93,7 +96,7 @@ def build(
     tokenizer = None if images else load.load_tokenizer(source, run.model)
     processor = load.load_image_processor(source, run.model) if images else None
     data = None
-    if with_data:
+    if with_data or task in LABELLED:
         data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data")
     dtype = _weights_dtype(run, autocast)
     with streams.stream(run.seed, "head"):  # a fresh head is drawn from the run's own seed
@@ -160,7 +163,7 @@ def _weights_dtype(run: Run, autocast: torch.dtype | None) -> torch.dtype:
 
 def _classes(task: Task, data: Data | None) -> tuple[str, ...] | None:
     """Names of the classes that a head tells apart; None for the other tasks."""
-    return data.labels if data and task in ("classification", "image_classification") else None
+    return data.labels if data and task in LABELLED else None
 
 
 def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str | None]:

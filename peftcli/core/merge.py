@@ -44,8 +44,8 @@ def folded(model: nn.Module) -> Weights:
             )
         if not hasattr(module, "weight"):
             raise ConfigError(
-                f"{path}: what sits on a whole {type(module).__name__} does not fold into a "
-                f"weight; {APART}"
+                f"{path or 'the model'}: what sits on a whole {type(module).__name__} does not "
+                f"fold into a weight; {APART}"
             )
         layer = fold(Bare(module, bare_class(module)), module)
         try:
