@@ -225,7 +225,7 @@ def changes(parts: Parts, memory: Memory, room: int) -> list[tuple[str, int]]:
         found.append((words, recomputed(parts, memory).total))
     words = f"dataset.max_length={parts.run.dataset.max_length // 2} dataset.on_overlong=truncate"
     found.append((words, memory.at(0.5).total))
-    if parts.run.quantization.name == "none" and parts.run.method.on_quantised:
+    if parts.stored == "none" and parts.run.method.on_quantised:
         found.append(("quantization=nf4", memory.total - spared_by_four_bits(parts.model)))
     return found
 

@@ -123,7 +123,7 @@ def _storage(parts: Parts) -> str:
     rest = " and ".join(plain) or "float32"
     if not quantised:
         return rest
-    return f"{parts.run.quantization.name} ({len(quantised)} linears), the rest {rest}"
+    return f"{parts.stored} ({len(quantised)} linears), the rest {rest}"
 
 
 def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:

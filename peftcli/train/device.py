@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -53,6 +54,16 @@ def resident_memory() -> int:
     """Bytes of this process that are in the CPU's memory now."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def make_resident(tensors: Iterable[torch.Tensor]) -> None:
+    """Read one number of every page: weights that lie mapped in a file take memory only then, and
+    would be taken for what the first step needs.
+    """
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            stride = resource.getpagesize() // tensor.element_size()
+            tensor.detach().reshape(-1)[::stride].sum()
 
 
 def available_memory(device: torch.device) -> int:

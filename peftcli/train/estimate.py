@@ -100,6 +100,8 @@ def held(
     trained = list(host.trained().values())
     count = sum(p.numel() for p in trained)
     share = (count - divided + divided / ranks) / max(count, 1)
+    if where.type == "cpu":
+        device.make_resident(tensors.values())
     return Held(
         process=max(device.resident_memory() - base - own, 0) if where.type == "cpu" else 0,
         weights=base // ranks if shards else base,

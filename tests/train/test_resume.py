@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def test_several_interruptions_leave_no_trace(
     make_loop: MakeLoop, straight: tuple, tmp_path: Path, at: list[int]
 ) -> None:
     same(outcome(interrupted(make_loop, tmp_path / "again", list(at))), straight)
+
+
+def test_a_signal_in_any_micro_batch_leaves_no_trace(make_loop: MakeLoop, tmp_path: Path) -> None:
+    """Four steps of three forward and backward passes each; a step that has begun is finished."""
+    options = {"dropout": 0.2, "per_device_train_batch_size": 2, "max_steps": 4}
+    options |= {"gradient_accumulation_steps": 3}
+    straight = make_loop(folder=tmp_path / "straight", **options)
+    straight.fit()
+    for number in range(9):
+        folder = tmp_path / str(number)
+        stopped, passes = make_loop(folder=folder, **options), iter(range(number))
+
+        def signalled(*_: object, passes: Iterator[int] = passes) -> None:
+            if next(passes, None) is None and stopped.stopper.received is None:  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stopped.host.model.register_forward_hook(signalled)
+        with pytest.raises(Stopped, match=f"after step {number // 3 + 1} of 4"):
+            stopped.fit()
+        stopped.stopper.received = None
+        same(outcome(interrupted(make_loop, folder, [], **options)), outcome(straight))
 
 
 def test_a_signal_during_evaluation_is_obeyed(
