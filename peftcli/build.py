@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from peftcli import stored
 from peftcli.core.host import Host
 from peftcli.data.collate import Collator, make_collator
 from peftcli.data.examples import Data, Examples
@@ -22,7 +23,7 @@ from peftcli.dist import environment, strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
-from peftcli.models import attention, compiled, load, quantise
+from peftcli.models import attention, compiled, load
 from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
@@ -50,7 +51,7 @@ class Parts:
     head: nn.Linear | None  # of a language model, where the loss can be taken in it
     strategy: Single = field(default_factory=Single)
     cost: Estimate | None = None  # once the training is planned
-    stored: str = "none"  # how linears of the base are quantised: by the run, or in its files
+    bits: str = "none"  # how linears of the base are quantised: by the run, or in its files
 
     @property
     def model(self) -> nn.Module:
@@ -74,7 +75,7 @@ def build(
     rows are laid out. `dequantised`: quantised weights as they are rounded, in plain linears.
     `sharding`: the model stays in the memory of the CPU until it is cut up.
     """
-    _refuse_bits(run, run.quantization.name)
+    stored.refuse(run, run.quantization.name)
     strategies.refuse(run)
     where = device.pick(environment.local_rank())
     cores = max(device.num_cores() // environment.num_local_ranks(), 1)
@@ -83,8 +84,8 @@ def build(
     autocast = _precision(run, where)
     source = resolve(run.model, cache_dir())
     config = load.load_config(source, run.model)
-    stored = stored_in(run, config)
-    _refuse_bits(run, stored)
+    bits = stored.bits_of(run, config)
+    stored.refuse(run, bits)
     task = load.infer_task(run.model, config, run.dataset.format)
     images = task == "image_classification"
     tokenizer = None if images else load.load_tokenizer(source, run.model)
@@ -126,35 +127,8 @@ def build(
         packing,
         why_not,
         head,
-        stored=stored,
+        bits=bits,
     )
-
-
-def stored_in(run: Run, config: PreTrainedConfig | None = None) -> str:
-    """How linears of the base are quantised: `none`, by `run.quantization`, or as the model's files
-    hold them. Raises `ConfigError` where these cannot be read, or not so.
-    """
-    asked = run.quantization.name
-    found = quantise.stored_as(
-        config or load.load_config(resolve(run.model, cache_dir()), run.model)
-    )
-    if found is None:
-        return asked
-    quantise.refuse_stored(run.model.name_or_path, found, asked)
-    return found
-
-
-def _refuse_bits(run: Run, stored: str) -> None:
-    """Raises `ConfigError` where the run's method or strategy cannot do with quantised weights."""
-    if stored == "none":
-        return
-    strategies.refuse_bits(run, stored)
-    if not run.method.on_quantised:
-        raise ConfigError(
-            f"quantization={stored}: {type(run.method).__name__} changes the base's own weights, "
-            "which cannot train in 4 or 8 bits. Use quantization=none and a model that is stored "
-            "plain; `peft-train methods --quantisable` lists the methods that can."
-        )
 
 
 def empty_host(run: Run, classes: int | None = None) -> tuple[Host, Task]:

@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from peftcli import config, describe, record, resume
+from peftcli import config, describe, record, resume, stored
 from peftcli.budget import out_of_memory
-from peftcli.build import Parts, adapt, build, empty_host, evaluator, stored_in, training_collator
+from peftcli.build import Parts, adapt, build, empty_host, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.dist import environment, joining, launch, strategies
@@ -29,7 +29,8 @@ from peftcli.screen import LiveScreen, hidden_screen, log_to, say
 from peftcli.settings import Quantization, Run
 from peftcli.train import device, loggers, optim, streams
 from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
-from peftcli.train.loop import Loop, Plan, Progress
+from peftcli.train.loop import Loop
+from peftcli.train.plan import Plan, Progress
 from peftcli.train.signals import Stopper, StopRequested
 
 
@@ -255,11 +256,11 @@ def export(
         )
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output {output}: is not empty. Choose a new folder.")
-    stored = stored_in(run)
-    is_quantised = stored != "none"
-    if onto not in (None, "dequantised") and stored != run.quantization.name:
+    bits = stored.bits_of(run)
+    is_quantised = bits != "none"
+    if onto not in (None, "dequantised") and bits != run.quantization.name:
         raise ConfigError(
-            f"--onto {onto}: {run.model.name_or_path} itself is stored in {stored}, and no other "
+            f"--onto {onto}: {run.model.name_or_path} itself is stored in {bits}, and no other "
             "weights are there. Use --onto dequantised."
         )
     if onto and (to != "merged" or not is_quantised):

@@ -11,7 +11,6 @@ change.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -58,19 +57,18 @@ def measure(words: list[str]) -> dict[str, Any]:
         parts = build(config.typed(cfg))
         adapt(parts)
         loop: Loop = make_loop(parts, cfg, RunFolder(Path(name)), hidden_screen(), Stopper())
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back
+        device.release_freed()  # what loading has freed goes back
         held = budget.estimate(parts, loop.plan, loop.optimizer).held
-        memory = budget.measure(parts, loop.plan, held)
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        memory = budget.measure(parts, loop.plan, held, whole=True)
         loop.evaluate = None
         loop.save = lambda: Path(name)
-        loop.fit()
         if parts.device.type == "cuda":
+            loop.fit()
             measured = device.peak_memory(parts.device)
         else:
-            status = Path("/proc/self/status").read_text()
-            measured = int(status.split("VmHWM:")[1].split()[0]) * 1024
+            device.release_freed()
+            before = device.resident_memory()
+            measured = before + device.growth(loop.fit)[0]
     return {
         "announced": memory.total,
         "measured": measured,
@@ -78,6 +76,7 @@ def measure(words: list[str]) -> dict[str, Any]:
         "tokens": memory.load.tokens,
         "activations": memory.activations,
         "logits": memory.logits,
+        "gaps": memory.gaps,
         **asdict(held),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from peftcli.errors import DataError, NonFinite, Stopped
 from peftcli.train import checkpoint
-from tests.train.conftest import OPTIONS, MakeLoop, interrupted
+from tests.train.conftest import OPTIONS, MakeLoop, interrupted, loops
 
 
 def outcome(loop: object) -> tuple[dict[str, torch.Tensor], list[dict], list[bytes]]:
@@ -36,11 +37,14 @@ def same(a: tuple, b: tuple) -> None:
     assert a[2] == b[2]
 
 
-@pytest.fixture
-def straight(make_loop: MakeLoop, tmp_path: Path) -> tuple:
-    loop = make_loop(folder=tmp_path / "straight", **OPTIONS)
-    loop.fit()
-    return outcome(loop)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """What the run of `OPTIONS` comes to without a stop."""
+    torch.set_num_threads(1)
+    with loops(tmp_path_factory.mktemp("straight")) as make_loop:
+        loop = make_loop(**OPTIONS)
+        loop.fit()
+        return outcome(loop)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -120,11 +124,18 @@ def test_the_rate_ends_where_the_schedule_ends(make_loop: MakeLoop) -> None:
 
 
 # -- damage ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with loops(tmp_path_factory.mktemp("saved")) as make_loop:
+        loop = make_loop(save_steps=4, save_total_limit=3)
+        loop.fit()
+        return loop.folder.checkpoints
+
+
 @pytest.fixture
-def saved(make_loop: MakeLoop) -> Path:
-    loop = make_loop(save_steps=4, save_total_limit=3)
-    loop.fit()
-    return loop.folder.checkpoints
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """Three checkpoints, to be damaged."""
+    return Path(shutil.copytree(saved_once, tmp_path / "checkpoints"))
 
 
 def test_a_checkpoint_holds_only_what_trains(saved: Path) -> None:
