@@ -94,7 +94,7 @@ def _attempt(run: Run, cfg: DictConfig) -> causes.Cause | None:
         if forwarded and all(-code in forwarded for code in exit_codes.values()):
             raise Stopped("stopped before the ranks had begun; nothing to save")
         ranks = {worker.global_rank for worker in agent.get_worker_group().workers}
-        silent = sorted(ranks - exit_codes.keys() - causes.told(folder))
+        silent = sorted(ranks - causes.told(folder))  # ended by us, or by a signal
         if stalled := stalls.told(Path(run.run_dir), silent, launch.timeout):
             return causes.Cause(silent[0], stalled, RankEnded.exit_code, 0.0)
         return causes.first(folder, exit_codes)

@@ -103,7 +103,20 @@ def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         plain: Any = cast(Any, model).dequantize().to(dtype)
     if hasattr(plain.config, "quantization_config"):
         del plain.config.quantization_config
+    if hasattr(plain, "_weight_conversions"):  # how the files were read; saving goes it backwards
+        plain._weight_conversions = [c for c in plain._weight_conversions or [] if _reverses(c)]
     return plain
+
+
+def _reverses(conversion: Any) -> bool:
+    """Whether the way from a file's tensors to the model's can be gone back; that out of few bits
+    cannot.
+    """
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def requantised(folder: Path, quantization: Quantization) -> PreTrainedModel:
