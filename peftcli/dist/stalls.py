@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from peftcli.errors import ConfigError
+
 NAME = "stacks-rank-{}.txt"  # in the run folder, of a rank that made no progress
 SHARE = 0.9  # of launch.timeout, after which it is written
 
@@ -26,10 +28,16 @@ class Watch:
         self._file: TextIO
 
     def __enter__(self) -> Watch:
-        """Begin to watch."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.unlink(missing_ok=True)
-        self._file = open(self.path, "a", encoding="utf-8")
+        """Begin to watch. Raises `ConfigError` where the run folder cannot be written here."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+            self._file = open(self.path, "a", encoding="utf-8")
+        except OSError as e:
+            raise ConfigError(
+                f"run_dir={self.path.parent}: cannot be written on this node ({e.strerror}). "
+                "Choose another run_dir."
+            ) from None
         self.alive()
         return self
 
@@ -40,13 +48,14 @@ class Watch:
         faulthandler.dump_traceback_later(self.seconds, file=self._file)
 
     def __exit__(
-        self, kind: type[BaseException] | None, _: object, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
     ) -> None:
         """Stop watching. Stacks stay where the run fails."""
         faulthandler.cancel_dump_traceback_later()
+        is_empty = not os.fstat(self._file.fileno()).st_size
         self._file.close()
-        if kind is None or not self.path.stat().st_size:
-            self.path.unlink()
+        if kind is None or is_empty:
+            self.path.unlink(missing_ok=True)
 
 
 def forget(folder: Path) -> None:
