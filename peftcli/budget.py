@@ -98,12 +98,14 @@ def num_ranks(run: Run, plan: Plan) -> int:
 
 
 def heaviest(parts: Parts, plan: Plan) -> list[Example]:
-    """The examples of the forward pass with the most tokens in the run's first epoch, the longest
-    first.
+    """The examples of a process's forward pass with the most tokens, the longest first: of the one
+    that `trainer.longest_first` computes, else of the run's first epoch.
     """
     assert parts.data is not None
     run, train = parts.run, parts.data.train
     each, lengths = run.trainer.per_device_train_batch_size, train.lengths
+    if run.trainer.longest_first:
+        return [train[i] for i in np.argsort(-lengths, kind="stable")[:each].tolist()]
     by_length = lengths if run.dataset.group_by_length and not parts.packing else None
     order = streams.order(len(lengths), run.seed, 0, by_length, each * num_ranks(run, plan)).numpy()
     order = order[: plan.total * plan.batch]

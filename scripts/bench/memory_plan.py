@@ -22,6 +22,7 @@ from typing import Any
 LLAMA, MINILM = "+recipe=lora_llama", "+recipe=lora_minilm"
 FOUR = "trainer.per_device_train_batch_size=4"
 EIGHT = "trainer.per_device_train_batch_size=8"
+SHORT = ("trainer.eval_on_start=false", "trainer.rehearse=false")
 CASES: dict[str, list[str]] = {
     "LoRA, Llama, 4 examples": [LLAMA, FOUR],
     "LoRA, Llama, 8 examples": [LLAMA, EIGHT],
@@ -53,7 +54,7 @@ def measure(words: list[str]) -> dict[str, Any]:
     from peftcli.train.signals import Stopper
 
     with tempfile.TemporaryDirectory() as name:
-        cfg = config.compose([*words, "trainer.eval_on_start=false", f"run_dir={name}"])
+        cfg = config.compose([*words, *SHORT, f"run_dir={name}"])
         parts = build(config.typed(cfg))
         adapt(parts)
         loop: Loop = make_loop(parts, cfg, RunFolder(Path(name)), hidden_screen(), Stopper())
@@ -61,7 +62,7 @@ def measure(words: list[str]) -> dict[str, Any]:
         held = budget.estimate(parts, loop.plan, loop.optimizer).held
         memory = budget.measure(parts, loop.plan, held, whole=True)
         loop.evaluate = None
-        loop.save = lambda: Path(name)
+        loop.save = lambda *_: Path(name)
         if parts.device.type == "cuda":
             loop.fit()
             measured = device.peak_memory(parts.device)

@@ -51,11 +51,12 @@ def measure(words: list[str], steps: int) -> list[tuple[float, float]]:
 
     found: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as name:
-        cfg = config.compose([*words, f"trainer.max_steps={steps + 2}", f"run_dir={name}"])
+        short = ("trainer.rehearse=false", f"trainer.max_steps={steps + 2}")
+        cfg = config.compose([*words, *short, f"run_dir={name}"])
         parts, clock, screen = build(config.typed(cfg)), Clock(), LiveScreen()
         adapt(parts)
         loop: Any = make_loop(parts, cfg, RunFolder(Path(name)), screen, Stopper())
-        loop.evaluate, loop.save, step = None, lambda: Path(name), loop.step
+        loop.evaluate, loop.save, step = None, lambda *_: Path(name), loop.step
         loop.forward_backward = clock.around(loop.forward_backward)
         loop.strategy.clip = clock.around(loop.strategy.clip)
         loop.optimizer.step = clock.around(loop.optimizer.step)
