@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from peftcli.build import Parts, preview
-from peftcli.data.collate import Example
+from peftcli.data.collate import Batch, Example
 from peftcli.dist import strategies
 from peftcli.errors import ConfigError, OutOfMemory
 from peftcli.export import adapter
@@ -25,7 +25,8 @@ from peftcli.train import device, optim, probe, streams
 from peftcli.train import estimate as estimates
 from peftcli.train.estimate import Estimate, Held, Load, Memory
 from peftcli.train.folder import RunFolder
-from peftcli.train.loop import Plan
+from peftcli.train.plan import Plan
+from peftcli.train.preview import Preview
 from peftcli.train.rotation import bytes_of
 
 
@@ -51,9 +52,10 @@ def estimate(parts: Parts, plan: Plan, optimizer: Optimizer) -> Estimate:
     )
 
 
-def measure(parts: Parts, plan: Plan, held: Held) -> Memory:
+def measure(parts: Parts, plan: Plan, held: Held, *, whole: bool = False) -> Memory:
     """The peak of the run's heaviest step, by a forward and backward pass on one and on two of its
-    examples; where weights are cut up, by the model's dimensions.
+    examples; where weights are cut up, by the model's dimensions. `whole`: on the CPU, with a pass
+    on all of them, which tells how the system's allocator scatters them in memory.
     """
     look, run = preview(parts), parts.run
     assert look is not None
@@ -71,7 +73,22 @@ def measure(parts: Parts, plan: Plan, held: Held) -> Memory:
         accumulates=run.trainer.gradient_accumulation_steps > 1,
         in_blocks=parts.head is not None,
     )
-    return Memory(held, working, load)
+    memory = Memory(held, working, load)
+    if whole and parts.device.type == "cpu" and not strategies.shards(run):
+        return _spread(parts, look, batch, memory)
+    return memory
+
+
+def _spread(parts: Parts, look: Preview, batch: Batch, memory: Memory) -> Memory:
+    """The estimate with what the allocator makes of it, where the pass fits for sure."""
+    if 2 * memory.total > device.available_memory(parts.device):
+        return memory
+    held = memory.held
+    with parts.uncompiled():
+        peak, kept = device.growth(lambda: probe.run(look, batch))
+    process = device.resident_memory() - held.weights - held.deltas  # libraries keep what they made
+    spread = max((peak - kept) / memory.passing, 1.0)
+    return replace(memory, held=replace(held, process=max(process, held.process)), spread=spread)
 
 
 def num_ranks(run: Run, plan: Plan) -> int:
@@ -81,12 +98,14 @@ def num_ranks(run: Run, plan: Plan) -> int:
 
 
 def heaviest(parts: Parts, plan: Plan) -> list[Example]:
-    """The examples of the forward pass with the most tokens in the run's first epoch, the longest
-    first.
+    """The examples of a process's forward pass with the most tokens, the longest first: of the one
+    that `trainer.longest_first` computes, else of the run's first epoch.
     """
     assert parts.data is not None
     run, train = parts.run, parts.data.train
     each, lengths = run.trainer.per_device_train_batch_size, train.lengths
+    if run.trainer.longest_first:
+        return [train[i] for i in np.argsort(-lengths, kind="stable")[:each].tolist()]
     by_length = lengths if run.dataset.group_by_length and not parts.packing else None
     order = streams.order(len(lengths), run.seed, 0, by_length, each * num_ranks(run, plan)).numpy()
     order = order[: plan.total * plan.batch]
@@ -142,7 +161,11 @@ def in_words(held: Held, memory: Memory | None = None) -> str:
         "optimizer": held.optimizer,
     }
     if memory is not None:
-        parts |= {"activations": memory.activations, "logits": memory.logits}
+        parts |= {
+            "activations": memory.activations,
+            "logits": memory.logits,
+            "gaps between them": memory.gaps,
+        }
     listed = ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)
     if memory is None:
         return f"{listed}; and activations, which `peft-train check` measures"
@@ -225,7 +248,7 @@ def changes(parts: Parts, memory: Memory, room: int) -> list[tuple[str, int]]:
         found.append((words, recomputed(parts, memory).total))
     words = f"dataset.max_length={parts.run.dataset.max_length // 2} dataset.on_overlong=truncate"
     found.append((words, memory.at(0.5).total))
-    if parts.run.quantization.name == "none" and parts.run.method.on_quantised:
+    if parts.bits == "none" and parts.run.method.on_quantised:
         found.append(("quantization=nf4", memory.total - spared_by_four_bits(parts.model)))
     return found
 

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from peftcli import stored
 from peftcli.core.host import Host
 from peftcli.data.collate import Collator, make_collator
 from peftcli.data.examples import Data, Examples
 from peftcli.data.prepare import prepare
-from peftcli.dist import strategies
+from peftcli.dist import environment, strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
@@ -53,6 +54,7 @@ class Parts:
     head: nn.Linear | None  # of a language model, where the loss can be taken in it
     strategy: Single = field(default_factory=Single)
     cost: Estimate | None = None  # once the training is planned
+    bits: str = "none"  # how linears of the base are quantised: by the run, or in its files
 
     @property
     def model(self) -> nn.Module:
@@ -74,23 +76,20 @@ def build(
 ) -> Parts:
     """Load what `run` names, without its method: the base model on its device, the data, and how
     rows are laid out. Without `with_data` data are read only where the model's shape goes by them.
-    `dequantised`: weights as `run.quantization` rounds them, in plain linears.
+    `dequantised`: quantised weights as they are rounded, in plain linears.
     `sharding`: the model stays in the memory of the CPU until it is cut up.
     """
-    if run.quantization.name != "none" and not run.method.on_quantised:
-        raise ConfigError(
-            f"quantization={run.quantization.name}: {type(run.method).__name__} changes the base's "
-            "own weights, which cannot train in 4 or 8 bits. Use quantization=none; `peft-train "
-            "methods --quantisable` lists the methods that can."
-        )
+    stored.refuse(run, run.quantization.name)
     strategies.refuse(run)
-    where = device.pick(strategies.local_rank())
-    cores = max(device.num_cores() // strategies.num_local_ranks(), 1)
+    where = device.pick(environment.local_rank())
+    cores = max(device.num_cores() // environment.num_local_ranks(), 1)
     torch.set_num_threads(run.trainer.num_threads or cores)
     choice.choose(run.trainer.kernels, where)
     autocast = _precision(run, where)
     source = resolve(run.model, cache_dir())
     config = load.load_config(source, run.model)
+    bits = stored.bits_of(run, config)
+    stored.refuse(run, bits)
     task = load.infer_task(run.model, config, run.dataset.format)
     images = task == "image_classification"
     tokenizer = None if images else load.load_tokenizer(source, run.model)
@@ -120,7 +119,19 @@ def build(
     fused = task in ("causal_lm", "seq2seq") and not run.method.lays_tokens
     head = direct_head(host.model) if fused else None
     return Parts(
-        run, where, autocast, source, task, tokenizer, processor, data, host, packing, why_not, head
+        run,
+        where,
+        autocast,
+        source,
+        task,
+        tokenizer,
+        processor,
+        data,
+        host,
+        packing,
+        why_not,
+        head,
+        bits=bits,
     )
 
 

@@ -73,6 +73,7 @@ def failed(text: str, code: int) -> int:
 
 def dispatch(words: list[str]) -> int:
     """The verb's function; without a verb, `train`."""
+    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     if not words or words[0] in ("-h", "--help", "help"):
         print(page(HELP))
         return 0
@@ -105,7 +106,6 @@ def train(words: list[str]) -> int:
     from peftcli import hydra_app
 
     slurm.translate(os.environ)
-    words = [w for w in words if not w.startswith("--local_rank=")]  # DeepSpeed's launcher adds it
     interrupts.until_a_run_has_its_own()
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):

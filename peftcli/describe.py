@@ -22,7 +22,7 @@ from peftcli.settings import DeepSpeed, Run, Task
 from peftcli.train import device
 from peftcli.train.estimate import Estimate, Memory
 from peftcli.train.folder import RunFolder
-from peftcli.train.loop import Plan, Progress
+from peftcli.train.plan import Plan, Progress
 
 LEFT_OUT = (
     "data, a fresh head, memory and time: the weights of {} are not on this machine; only the "
@@ -44,7 +44,7 @@ def plan(
     assert parts.data is not None
     trained, total = parts.host.num_parameters()
     parts.cost = budget.estimate(parts, steps, optimizer)
-    memory = budget.measure(parts, steps, parts.cost.held) if measured else None
+    memory = budget.measure(parts, steps, parts.cost.held, whole=True) if measured else None
     blocks = {
         "model": _model(parts, trained, total),
         "data": _data(parts, parts.data.stats),
@@ -137,7 +137,7 @@ def _storage(parts: Parts) -> str:
     rest = " and ".join(plain) or "float32"
     if not quantised:
         return rest
-    return f"{parts.run.quantization.name} ({len(quantised)} linears), the rest {rest}"
+    return f"{parts.bits} ({len(quantised)} linears), the rest {rest}"
 
 
 def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:

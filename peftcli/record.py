@@ -14,7 +14,7 @@ from peftcli import written
 from peftcli.build import Parts
 from peftcli.models.source import cache_dir, fingerprint
 from peftcli.train import device, objective
-from peftcli.train.loop import Progress
+from peftcli.train.plan import Progress
 from peftcli.versions import versions
 
 

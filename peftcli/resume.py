@@ -61,7 +61,7 @@ def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
             say(f"resume={run.resume}: what came after it is now in {moved}", "yellow")
     else:
         earlier = folder.checkpoints / "config.yaml"
-        if earlier.exists():
+        if earlier.exists() and _has_begun(folder):
             before: Any = OmegaConf.to_container(OmegaConf.load(earlier), resolve=True)
             _refuse_changes(written.completed(before), config.resolved(cfg), folder)
         if folder.result.exists():
@@ -74,6 +74,11 @@ def where(run: Run, cfg: DictConfig, folder: RunFolder) -> Start:
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder.checkpoints / "config.yaml", resolve=True)
     return start
+
+
+def _has_begun(folder: RunFolder) -> bool:
+    """Whether an earlier start came to training; one that was refused left nothing to keep."""
+    return folder.metrics.exists() or folder.result.exists() or bool(by_step(folder.checkpoints))
 
 
 def _make_room(given: Path, folder: RunFolder) -> Path | None:

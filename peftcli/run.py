@@ -13,12 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from peftcli import config, describe, record, resume
+from peftcli import config, describe, record, resume, stored
 from peftcli.budget import out_of_memory
 from peftcli.build import Parts, adapt, build, empty_host, evaluator, training_collator
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
-from peftcli.dist import launch, strategies
+from peftcli.dist import environment, joining, launch, strategies
 from peftcli.errors import ConfigError, Stopped
 from peftcli.export import adapter, compare, publish
 from peftcli.methods import hft
@@ -29,7 +29,8 @@ from peftcli.screen import LiveScreen, hidden_screen, log_to, say
 from peftcli.settings import Quantization, Run
 from peftcli.train import device, loggers, optim, streams
 from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
-from peftcli.train.loop import Loop, Plan, Progress
+from peftcli.train.loop import Loop
+from peftcli.train.plan import Plan, Progress
 from peftcli.train.signals import Stopper, StopRequested
 
 
@@ -40,8 +41,8 @@ def train(run: Run, cfg: DictConfig) -> int:
     if launch.starts_ranks(run):
         launch.start(run, cfg)
         return 0
-    started, is_main = datetime.now(UTC), strategies.rank_in_environment() == 0
-    cfg, folder = strategies.with_numbers(cfg), RunFolder(Path(run.run_dir))
+    started, is_main = datetime.now(UTC), environment.rank_in_environment() == 0
+    cfg, folder = environment.with_numbers(cfg), RunFolder(Path(run.run_dir))
     screen = LiveScreen() if is_main else hidden_screen()
     with Stopper(quiet=not is_main) as stopper, out_of_memory() as running, ExitStack() as held:
         start = resume.Start()
@@ -49,7 +50,7 @@ def train(run: Run, cfg: DictConfig) -> int:
             held.enter_context(folder.locked())
             start = begin(run, cfg, folder)
         parts = None if start.finished else build(run, sharding=strategies.shards(run))
-        strategy = held.enter_context(strategies.joined(run, cfg, device.current()))
+        strategy = held.enter_context(joining.joined(run, cfg, device.current()))
         start = start.shared(strategy.ranks)
         stopper.ranks = strategy.ranks
         if start.finished or parts is None:
@@ -256,7 +257,13 @@ def export(
         )
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"--output {output}: is not empty. Choose a new folder.")
-    is_quantised = run.quantization.name != "none"
+    bits = stored.bits_of(run)
+    is_quantised = bits != "none"
+    if onto not in (None, "dequantised") and bits != run.quantization.name:
+        raise ConfigError(
+            f"--onto {onto}: {run.model.name_or_path} itself is stored in {bits}, and no other "
+            "weights are there. Use --onto dequantised."
+        )
     if onto and (to != "merged" or not is_quantised):
         raise ConfigError("--onto is for merging a run on quantised weights; leave it out.")
     if half_reset is not None and (to != "merged" or is_quantised):

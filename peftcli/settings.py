@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 Positive = Annotated[int, Ge(1)]
 Fraction = Annotated[float, Ge(0.0), Le(1.0)]
+Offload = Literal["none", "optimizer", "parameters"]
 Loss = Literal["cross_entropy", "tfew"]
 Kernels = Literal["auto", "reference", "require"]
 Task = Literal["causal_lm", "seq2seq", "classification", "regression", "image_classification"]
@@ -183,7 +184,7 @@ class FSDP(Strategy):
     """Weights of the base are cut up, with the optimizer state of those that train."""
 
     name: Literal["fsdp"] = "fsdp"  # pyright: ignore[reportIncompatibleVariableOverride]
-    offload: Literal["none", "optimizer"] = "none"  # to the memory of the CPU
+    offload: Offload = "none"  # to the memory of the CPU
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class DeepSpeed(Strategy):
 
     name: Literal["deepspeed"] = "deepspeed"  # pyright: ignore[reportIncompatibleVariableOverride]
     zero_stage: Literal[1, 2, 3] = 3
-    offload: Literal["none", "optimizer", "parameters"] = "none"  # to the memory of the CPU
+    offload: Offload = "none"  # to the memory of the CPU
     config: str | None = None  # a DeepSpeed JSON file of your own, checked against the other keys
 
 

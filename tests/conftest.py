@@ -95,7 +95,11 @@ def signalled(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.S
 @pytest.fixture
 def chats(tmp_path: Path) -> Path:
     """A file of forty short conversations."""
-    file = tmp_path / "chats.jsonl"
+    return write_chats(tmp_path)
+
+
+def write_chats(folder: Path) -> Path:
+    file = folder / "chats.jsonl"
     with file.open("w") as f:
         for i in range(40):
             turns = [("user", f"what is {i} plus one"), ("assistant", f"it is {i + 1}")]
@@ -106,6 +110,10 @@ def chats(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_run(models: Path, chats: Path, tmp_path: Path) -> list[str]:
     """Words of a short run on the tiny Llama."""
+    return short_run(models, chats, tmp_path)
+
+
+def short_run(models: Path, chats: Path, folder: Path) -> list[str]:
     return [
         "+recipe=lora_llama_chat",
         f"model.name_or_path={models / 'llama'}",
@@ -114,5 +122,5 @@ def tiny_run(models: Path, chats: Path, tmp_path: Path) -> list[str]:
         "trainer.max_steps=6",
         "trainer.per_device_train_batch_size=4",
         "method.r=4",
-        f"run_dir={tmp_path / 'run'}",
+        f"run_dir={folder / 'run'}",
     ]

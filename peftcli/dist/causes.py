@@ -66,6 +66,11 @@ def first(folder: Path, exit_codes: Mapping[int, int]) -> Cause:
     return Cause(rank, f"rank {rank} ended with exit code {code} and left no word.", code, 0.0)
 
 
+def told(folder: Path) -> set[int]:
+    """The ranks that wrote down what ended them."""
+    return {int(path.stem.removeprefix("cause-")) for path in folder.glob("cause-*.json")}
+
+
 def of_member(folder: Path) -> Cause | None:
     """What ended the member of this run folder at its last start; None where it left no word."""
     try:

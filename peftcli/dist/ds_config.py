@@ -61,7 +61,9 @@ def read(settings: DeepSpeed) -> dict[str, Any]:
         found = json.loads(Path(settings.config).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         reason = getattr(e, "strerror", None) or e
-        raise ConfigError(f"strategy.config={settings.config}: cannot be read ({reason}).") from None
+        raise ConfigError(
+            f"strategy.config={settings.config}: cannot be read ({reason})."
+        ) from None
     if not isinstance(found, dict):
         raise ConfigError(f"strategy.config={settings.config}: holds no mapping of keys.")
     return found

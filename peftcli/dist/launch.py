@@ -26,8 +26,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from peftcli.dist import causes
-from peftcli.dist.strategies import is_rank
+from peftcli.dist import causes, stalls
+from peftcli.dist.environment import is_rank
 from peftcli.errors import ConfigError, RankEnded, Stopped
 from peftcli.screen import say
 from peftcli.settings import Launch, Run
@@ -58,7 +58,7 @@ def start(run: Run, cfg: DictConfig) -> None:
     or broke down. Raises `RankEnded` with what ended them early.
     """
     for left in range(run.launch.max_restarts, -1, -1):
-        cause = _attempt(run.launch, cfg)
+        cause = _attempt(run, cfg)
         if cause is None:
             return
         if not left or cause.exit_code != RankEnded.exit_code:
@@ -68,8 +68,10 @@ def start(run: Run, cfg: DictConfig) -> None:
             cfg.resume = "auto"
 
 
-def _attempt(launch: Launch, cfg: DictConfig) -> causes.Cause | None:
+def _attempt(run: Run, cfg: DictConfig) -> causes.Cause | None:
     """Run the ranks once; what ended them early, or None."""
+    launch = run.launch
+    stalls.forget(Path(run.run_dir))
     with tempfile.TemporaryDirectory(prefix="peftcli-") as name:
         folder = Path(name)
         OmegaConf.save(cfg, folder / FILE, resolve=True)
@@ -91,8 +93,11 @@ def _attempt(launch: Launch, cfg: DictConfig) -> causes.Cause | None:
         exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         if forwarded and all(-code in forwarded for code in exit_codes.values()):
             raise Stopped("stopped before the ranks had begun; nothing to save")
-        cause = causes.first(folder, exit_codes)
-        return cause
+        ranks = {worker.global_rank for worker in agent.get_worker_group().workers}
+        silent = sorted(ranks - causes.told(folder))  # ended by us, or by a signal
+        if stalled := stalls.told(Path(run.run_dir), silent, launch.timeout):
+            return causes.Cause(silent[0], stalled, RankEnded.exit_code, 0.0)
+        return causes.first(folder, exit_codes)
 
 
 def _agent(launch: Launch, folder: Path) -> LocalElasticAgent:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -45,8 +45,7 @@ class Ranks:
         """Put rank 0's values into the tensors, which have the same shapes everywhere."""
 
     def rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a tensor (D, ...): of ceil(D / ranks) each, the last may have fewer.
-        """
+        """This rank's rows of a tensor (D, ...): of ceil(D / ranks) each, the last may have fewer."""
         each = -(-whole.shape[0] // self.size)
         return whole[each * self.rank : each * (self.rank + 1)]
 
@@ -76,10 +75,11 @@ class Ranks:
 
 
 class Group(Ranks):
-    """The ranks of torch's default process group."""
+    """The ranks of torch's default process group. `alive` is called once in every step at least."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, alive: Callable[[], None] = lambda: None) -> None:
         self.rank, self.size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self.alive = alive
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """One flat all-reduce for every 2^25 numbers, in the given order."""
@@ -125,6 +125,7 @@ class Group(Ranks):
 
     def most(self, number: int) -> int:
         """One all-reduce on the CPU."""
+        self.alive()
         held = torch.tensor(number)
         dist.all_reduce(held, dist.ReduceOp.MAX)
         return int(held)

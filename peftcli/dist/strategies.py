@@ -11,18 +11,11 @@ of micro-batches, and the loss is divided by the totals of all ranks.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from omegaconf import DictConfig, OmegaConf
-
 from torch import nn
 
 from peftcli.core import weights
@@ -30,8 +23,8 @@ from peftcli.core.graft import is_own
 from peftcli.core.host import Host
 from peftcli.core.shares import is_matrix, settle
 from peftcli.dist import ds_config, fsdp, replicate, zero
-from peftcli.dist.ranks import Group, Ranks
-from peftcli.errors import ConfigError, RankEnded, Stopped
+from peftcli.dist.ranks import Ranks
+from peftcli.errors import ConfigError
 from peftcli.settings import FSDP, DeepSpeed, Run, Strategy
 from peftcli.train import optim
 
@@ -144,7 +137,7 @@ class Sharded(Divided):
 
     def divide(self, host: Host, device: torch.device) -> None:
         """The base's weights, with the optimizer state of those that train."""
-        fsdp.shard(host, device, self.settings.offload == "optimizer")
+        fsdp.shard(host, device, self.settings.offload)
 
 
 class Zero(Divided):
@@ -219,98 +212,30 @@ def refuse_optimizer(run: Run, host: Host) -> None:
         )
 
 
+def refuse_bits(run: Run, stored: str) -> None:
+    """Raises `ConfigError` where the strategy would cut up weights that are `stored` quantised."""
+    if shards(run):
+        raise ConfigError(
+            f"{_named(run)}: cannot cut up weights in quantization={stored}. Use strategy=ddp, "
+            "where every rank holds them whole, or quantization=none and a model that is stored "
+            "plain."
+        )
+
+
+def _named(run: Run) -> str:
+    """The strategy as it is written, with DeepSpeed's stage where it cuts weights up."""
+    stage = " strategy.zero_stage=3" if isinstance(run.strategy, DeepSpeed) else ""
+    return f"strategy={run.strategy.name}{stage}"
+
+
 def refuse(run: Run) -> None:
     """Raises `ConfigError` where the strategy cannot do what the run asks for."""
-    stage = " strategy.zero_stage=3" if isinstance(run.strategy, DeepSpeed) else ""
     if shards(run) and run.trainer.compile:
         raise ConfigError(
-            f"strategy={run.strategy.name}{stage}: gathers the weights that a compiled block holds. "
-            "Use trainer.compile=false, or strategy=ddp."
-        )
-    if shards(run) and run.quantization.name != "none":
-        raise ConfigError(
-            f"strategy={run.strategy.name}{stage}: cannot cut up weights in "
-            f"quantization={run.quantization.name}. Use strategy=ddp, where every rank holds them "
-            "whole, or quantization=none."
+            f"{_named(run)}: gathers the weights that a compiled block holds. Use "
+            "trainer.compile=false, or strategy=ddp."
         )
     if isinstance(run.strategy, DeepSpeed):
         ds_config.check(run)
         if run.strategy.zero_stage == 3:
             zero.refuse_missing()
-
-
-def is_rank() -> bool:
-    """Whether this process was started as one of several: by our launcher or by another."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def rank_in_environment() -> int:
-    """This process's rank; 0 where it is alone."""
-    return int(os.environ["RANK"]) if is_rank() else 0
-
-
-def local_rank() -> int:
-    """This process's number on its node, which is that of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if is_rank() else 0
-
-
-def num_local_ranks() -> int:
-    """Processes of the run on this node, which share its cores."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # the second is of DeepSpeed's launcher
-    found = next((os.environ[name] for name in names if name in os.environ), "1")
-    return int(found) if is_rank() else 1
-
-
-def with_numbers(cfg: DictConfig) -> DictConfig:
-    """The configuration with the number of ranks that there are, in place of `auto`."""
-    if is_rank():
-        cfg = cfg.copy()
-        cfg.launch.num_processes = num_local_ranks()
-        cfg.launch.nnodes = int(os.environ["WORLD_SIZE"]) // num_local_ranks()
-    return cfg
-
-
-@contextmanager
-def joined(run: Run, cfg: DictConfig, device: torch.device) -> Iterator[Single]:
-    """The run's strategy among its ranks, which all come here once everything slow is done."""
-    if not is_rank() or run.strategy.name == "single":
-        yield Single()
-        return
-    on_gpu = device.type == "cuda"
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=run.launch.timeout))
-    ranks = Group(device)
-    try:
-        _refuse_other_configurations(ranks, cfg)
-        yield choose(run.strategy, ranks)
-        _leave(ranks)
-    except Stopped:  # every rank is stopped at the same step
-        _leave(ranks)
-        raise
-    except RuntimeError as e:
-        if not (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            raise
-        reason = str(e).splitlines()[0]
-        raise RankEnded(
-            f"rank {ranks.rank} lost the others, of which one has ended, or has not answered for "
-            f"launch.timeout={run.launch.timeout:g} seconds ({reason}).",
-            RankEnded.exit_code,
-        ) from None
-
-
-def _leave(ranks: Ranks) -> None:
-    """End together: a rank that is gone early looks like one that failed."""
-    ranks.wait()
-    dist.destroy_process_group()
-
-
-def _refuse_other_configurations(ranks: Ranks, cfg: DictConfig) -> None:
-    config: Any = OmegaConf.to_container(cfg, resolve=True)
-    own = {k: v for k, v in config.items() if k not in ("run_dir", "launch")}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
-    for rank, theirs in enumerate(ranks.exchange(digest)):
-        if theirs != digest:
-            raise ConfigError(
-                f"ranks {ranks.rank} and {rank} were started with different configurations. Start "
-                "the same command on every node; only launch.node_rank differs."
-            )

@@ -28,6 +28,7 @@ from peftcli.train.folder import write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN = "PEFTCLI_"
+FORMAT = 1  # of our own; peft's has no number
 TASK_TYPES: dict[Task, str | None] = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq": "SEQ_2_SEQ_LM",
@@ -86,6 +87,7 @@ def _describe(host: Host, name: str) -> dict[str, Any]:
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     return {
         "peft_type": f"{OWN}{cls.__module__.rpartition('.')[2].upper()}",
+        "format": FORMAT,
         "not_peft": method.hf_refuses(host, name),
         "method": {"_target_": f"{cls.__module__}.{cls.__qualname__}", **fields},
         "modules_to_save": list(host.saved_modules) or None,
@@ -147,6 +149,11 @@ def load(host: Host, folder: Path, name: str = "default") -> None:
 
 
 def _own_method(config: Mapping[str, Any], where: Path) -> Method:
+    if (version := config.get("format", FORMAT)) not in range(FORMAT + 1):
+        raise DataError(
+            f"{where} was written by a newer peftcli (format {version}; this one reads up to "
+            f"{FORMAT}). Update peftcli to read it."
+        )
     try:
         return typed_config.method_of(config["method"])
     except (KeyError, ConfigError) as e:

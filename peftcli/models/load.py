@@ -38,7 +38,7 @@ from transformers import (
 
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.models.convert import folder_of
-from peftcli.models.quantise import dequantise, loading
+from peftcli.models.quantise import compute_in, dequantise, loading, stored_as
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
 from peftcli.models.source import Source, tokenizer_folder
@@ -155,9 +155,9 @@ def load_model(
     Args:
         labels: names of the classes, in the order of their ids; None keeps those of the files.
         tokenizer: the model pads with its padding token; loaded where it is not given.
-        quantization: how the linears of the blocks are stored.
+        quantization: how the linears of the blocks are stored, where the files hold them plain.
         compute_dtype: of products with weights in 4 bits.
-        dequantised: the weights as `quantization` rounds them, but stored in `dtype`.
+        dequantised: quantised weights as they are rounded, but stored in `dtype`.
         cloze: a masked-language head in place of a fresh classifier.
 
     Raises:
@@ -167,6 +167,7 @@ def load_model(
     config = for_task(load_config(source, cfg), task, labels)
     cls = _class(task, config, cfg, cloze)
     attention = cfg.attn_implementation
+    compute_in(config, compute_dtype)
     stored = {}
     if quantization and quantization.name != "none":
         stored = loading(quantization, empty_model(config, task, labels, cloze), compute_dtype)
@@ -189,7 +190,7 @@ def load_model(
         if attention == "auto":
             raise DataError(f"{source.name} cannot be loaded: {reason}") from None
         raise ConfigError(f"model.attn_implementation={attention}: {reason} Or use auto.") from None
-    if stored and dequantised:
+    if dequantised and (stored or stored_as(config)):
         model = dequantise(model, dtype)
     new_modules = _new_modules(model, info, task, source)
     if cloze and new_modules:

@@ -10,12 +10,64 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftcli.errors import ConfigError
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import layout
 from peftcli.settings import Quantization
+
+READ = ("nf4", "fp4", "int8")  # what a checkpoint itself may hold
+PACKAGES = ("bitsandbytes", "accelerate")
+
+
+def stored_as(config: PreTrainedConfig) -> str | None:
+    """How a checkpoint itself holds its linears: nf4, fp4, int8, or the word of its config.json for
+    another way; None where they are plain.
+    """
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    told = found if isinstance(found, dict) else found.to_dict()
+    if told.get("load_in_8bit"):
+        return "int8"
+    if told.get("load_in_4bit"):
+        return told.get("bnb_4bit_quant_type", "fp4")
+    return str(told.get("quant_method"))
+
+
+def refuse_stored(model: str, stored: str, asked: str) -> None:
+    """Raises `ConfigError` where a checkpoint that is `stored` quantised cannot be read, or not as
+    it is asked for.
+    """
+    plain = "or name the model that it was made from, with quantization=nf4"
+    if stored not in READ:
+        raise ConfigError(
+            f"model.name_or_path={model}: is stored in {stored}, which is not read here. Take one "
+            f"in bitsandbytes' {', '.join(READ)}, {plain}."
+        )
+    if asked != "none":
+        raise ConfigError(
+            f"quantization={asked}: {model} is stored in {stored} already. Use quantization=none, "
+            f"which leaves it so, {plain}."
+        )
+    refuse_missing(f"model.name_or_path={model}: is stored in {stored}, which")
+
+
+def refuse_missing(what: str) -> None:
+    """Raises `ConfigError` where `what` needs a package that is not installed."""
+    for package in PACKAGES:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{what} needs {package}: pip install 'peftcli[bitsandbytes]'")
+
+
+def compute_in(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Have products with weights that the checkpoint holds in 4 bits run in `dtype`, instead of in
+    its publisher's.
+    """
+    found: Any = getattr(config, "quantization_config", None)
+    if isinstance(found, dict) and found.get("load_in_4bit"):
+        found["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
 
 
 def loading(
@@ -28,12 +80,7 @@ def loading(
     """
     if quantization.name == "none":
         return {}
-    for package in ("bitsandbytes", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"quantization={quantization.name} needs {package}: "
-                "pip install 'peftcli[bitsandbytes]'"
-            )
+    refuse_missing(f"quantization={quantization.name}")
     from transformers import BitsAndBytesConfig
 
     # one line for every product: that int8 multiplies in 16 bits is known
@@ -56,7 +103,20 @@ def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         plain: Any = cast(Any, model).dequantize().to(dtype)
     if hasattr(plain.config, "quantization_config"):
         del plain.config.quantization_config
+    if hasattr(plain, "_weight_conversions"):  # how the files were read; saving goes it backwards
+        plain._weight_conversions = [c for c in plain._weight_conversions or [] if _reverses(c)]
     return plain
+
+
+def _reverses(conversion: Any) -> bool:
+    """Whether the way from a file's tensors to the model's can be gone back; that out of few bits
+    cannot.
+    """
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def requantised(folder: Path, quantization: Quantization) -> PreTrainedModel:

@@ -16,12 +16,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,13 +29,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from peftcli.core.host import Host
 from peftcli.errors import DataError, NonFinite
-from peftcli.models.source import sha256
-from peftcli.train import streams
+from peftcli.train import manifest, streams
 from peftcli.train.finite import not_finite
 from peftcli.train.rotation import Keep, by_step, rotate
 
 FORMAT = 1
-FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
@@ -89,15 +87,13 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
-        _write_files(aside, parts, snapshot, progress)
-        manifest = {"format": FORMAT, "step": step, "files": _digests(aside)}
-        _write_json(aside / "manifest.json", manifest)
-        _sync(aside)
-        _compare(aside, snapshot)
+        files = _write_files(aside, parts, snapshot, progress)
+        _write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+        manifest.sync(aside)
         if target.exists():  # a damaged one
             shutil.rmtree(target)
         aside.rename(target)
-        _sync(folder)
+        manifest.sync(folder)
         _point(folder, target.name)
     except (OSError, SafetensorError) as e:
         raise DataError(
@@ -112,20 +108,30 @@ def save(
 
 def _write_files(
     aside: Path, parts: Parts, snapshot: Snapshot, progress: Mapping[str, Any]
-) -> None:
+) -> dict[str, dict[str, Any]]:
+    """Write all files and verify them, the largest first, which takes longest, while the others are
+    written; their sizes and hashes.
+    """
     random = streams.state()
-    _save_tensors(aside / "trained.safetensors", snapshot.trained)
-    _save_tensors(aside / "optimizer.safetensors", snapshot.optimizer)
-    _save_tensors(
-        aside / "random.safetensors", {f"torch{i}": t for i, t in enumerate(random["torch"])}
-    )
+    tensors = {
+        "optimizer.safetensors": snapshot.optimizer,
+        "trained.safetensors": snapshot.trained,
+        "random.safetensors": {f"torch{i}": t for i, t in enumerate(random["torch"])},
+    }
     state = {
         "progress": progress,
         "optimizer": snapshot.rest,
         "scheduler": {k: v for k, v in parts.scheduler.state_dict().items() if _is_plain(v)},
         "random": {"numpy": random["numpy"], "python": random["python"]},
     }
-    _write_json(aside / "state.json", state)
+    with ThreadPoolExecutor(2) as beside:
+        described = {}
+        for name, values in tensors.items():
+            _save_tensors(aside / name, values)
+            described[name] = beside.submit(manifest.verified, aside / name, values)
+        _write_json(aside / "state.json", state)
+        found = {name: entry.result() for name, entry in described.items()}
+    return found | {"state.json": manifest.entry(aside / "state.json")}
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -135,7 +141,6 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             "checkpoint was written of them. Earlier ones are intact."
         )
     save_file(_apart(tensors), path)
-    _sync(path)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +159,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    _sync(path)
+    manifest.sync(path)
 
 
 def _optimizer_state(parts: Parts) -> Iterator[tuple[str, str, Any]]:
@@ -190,63 +195,32 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _digests(folder: Path) -> dict[str, dict[str, Any]]:
-    files = [folder / name for name in FILES]
-    return {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _point(folder: Path, name: str) -> None:
     aside = folder / ".latest"
     aside.write_text(name + "\n", encoding="utf-8")
-    _sync(aside)
+    manifest.sync(aside)
     aside.replace(folder / "latest")
-    _sync(folder)
-
-
-def _compare(written: Path, snapshot: Snapshot) -> None:
-    """Read back what was written and compare it with what was to be."""
-    live = {"trained": snapshot.trained, "optimizer": snapshot.optimizer}
-    for part, tensors in live.items():
-        with safe_open(written / f"{part}.safetensors", "pt") as f:
-            assert set(f.keys()) == set(tensors), "a checkpoint lacks tensors"
-            for name, tensor in tensors.items():
-                if not torch.equal(f.get_tensor(name), tensor):
-                    raise DataError(
-                        f"{written}: {name} of {part} reads back differently from what was "
-                        "written. Is the disk sound?"
-                    )
+    manifest.sync(folder)
 
 
 # -- reading ---------------------------------------------------------------------------------------
 def problem(path: Path) -> str | None:
     """What is wrong with the checkpoint, or None: every file is there with the size and hash of the
-    manifest.
+    manifest. Raises `DataError` where a newer version has written it, which is not for this one to
+    judge.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            return f"it has format {manifest['format']}, this version reads {FORMAT}"
-        for name in FILES:
-            file, known = path / name, manifest["files"][name]
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != known["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, the manifest says {known['bytes']}"
-            if sha256(file) != known["sha256"]:
-                return f"{name} is damaged: its hash is not the manifest's"
+        told = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if (version := int(told["format"])) <= FORMAT:
+            return manifest.misfit(path, told["files"])
     except FileNotFoundError:
         return "it has no manifest.json"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
         return f"its manifest cannot be read ({type(e).__name__}: {e})"
-    return None
+    raise DataError(
+        f"{path} was written by a newer peftcli (format {version}; this one reads up to {FORMAT}). "
+        "Update peftcli to go on from it, or choose another run_dir."
+    )
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:

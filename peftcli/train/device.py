@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
@@ -53,6 +56,33 @@ def resident_memory() -> int:
     """Bytes of this process that are in the CPU's memory now."""
     with open("/proc/self/statm") as f:
         return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def release_freed() -> None:
+    """Give the system back what the C library keeps of freed memory."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # of glibc
+        libc.malloc_trim(0)
+
+
+def growth(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes of the CPU's memory that `work` takes: at most at a time, and for good."""
+    release_freed()
+    before = resident_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again here
+    work()
+    peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    release_freed()
+    return peak - before, resident_memory() - before
+
+
+def make_resident(tensors: Iterable[torch.Tensor]) -> None:
+    """Read one number of every page: weights that lie mapped in a file take memory only then, and
+    would be taken for what the first step needs.
+    """
+    for tensor in tensors:
+        if tensor.device.type == "cpu":
+            stride = resource.getpagesize() // tensor.element_size()
+            tensor.detach().reshape(-1)[::stride].sum()
 
 
 def available_memory(device: torch.device) -> int:

@@ -43,6 +43,7 @@ class Memory:
     held: Held
     working: Working
     load: Load
+    spread: float = 1.0  # bytes that the allocator takes for a byte of tensors that come and go
 
     @property
     def activations(self) -> int:
@@ -56,16 +57,27 @@ class Memory:
         return self.working.answering.at(rows)
 
     @property
-    def total(self) -> int:
-        """At the peak: as activations go, gradients come, unless earlier passes have left them."""
+    def passing(self) -> int:
+        """What a forward and backward pass needs at its peak: as activations go, gradients come."""
         turning = self.working.turning.at(self.load.tokens)
-        held, gradients = self.held, self.held.gradients
+        gradients = max(self.activations, self.held.gradients)
+        return max(self.activations + self.logits, gradients + turning)
+
+    @property
+    def gaps(self) -> int:
+        """What the allocator cannot use again of what tensors have left."""
+        return round((self.spread - 1) * self.passing)
+
+    @property
+    def total(self) -> int:
+        """At the peak of a step, with the gradients that earlier passes of it have left."""
+        held = self.held
         always = held.process + held.weights + held.deltas + held.optimizer
         if self.load.accumulates:
-            return always + gradients + self.activations + max(self.logits, turning)
-        return always + max(
-            self.activations + self.logits, max(self.activations, gradients) + turning
-        )
+            turning = self.working.turning.at(self.load.tokens)
+            passing = held.gradients + self.activations + max(self.logits, turning)
+            return always + passing + self.gaps
+        return always + self.passing + self.gaps
 
     def at(self, fraction: float) -> Memory:
         """With this part of the tokens in a forward pass, and more passes to a step."""
@@ -100,6 +112,8 @@ def held(
     trained = list(host.trained().values())
     count = sum(p.numel() for p in trained)
     share = (count - divided + divided / ranks) / max(count, 1)
+    if where.type == "cpu":
+        device.make_resident(tensors.values())
     return Held(
         process=max(device.resident_memory() - base - own, 0) if where.type == "cpu" else 0,
         weights=base // ranks if shards else base,

@@ -35,22 +35,9 @@ from peftcli.train import better, checkpoint, device, objective, optim, rehearsa
 from peftcli.train.evaluate import Indexed
 from peftcli.train.finite import not_finite
 from peftcli.train.folder import Log, RunFolder, write_json
+from peftcli.train.plan import Plan, Progress
 from peftcli.train.rotation import Keep
 from peftcli.train.signals import Stopper, StopRequested
-
-
-@dataclass
-class Progress:
-    """Where the run is; all of it is in every checkpoint."""
-
-    step: int = 0  # optimizer steps done
-    evaluated: int = -1  # step of the last evaluation
-    nonfinite: int = 0  # steps in a row that were skipped
-    tokens: int = 0  # real tokens trained on
-    seconds: float = 0.0  # spent in training steps
-    first: dict[str, float] = field(default_factory=dict)  # metrics before training
-    last: dict[str, float] = field(default_factory=dict)  # metrics of the newest evaluation
-    best: dict[str, Any] = field(default_factory=dict)  # {"step": ..., "metric": ..., "value": ...}
 
 
 class Screen(Protocol):
@@ -67,32 +54,6 @@ class Screen(Protocol):
     def note(self, text: str) -> None:
         """Something worth a line."""
         ...
-
-
-@dataclass
-class Plan:
-    """How many examples, steps and epochs: the loop's arithmetic, without a model."""
-
-    num_examples: int
-    batch: int  # examples of an optimizer step
-    steps_per_epoch: int
-    total: int
-
-    @classmethod
-    def of(cls, settings: Trainer, num_examples: int, ranks: int = 1) -> Plan:
-        """Steps are counted in optimizer steps of all `ranks` together; an epoch's last step takes
-        what is left.
-        """
-        each = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        batch = each * ranks
-        per_epoch = math.ceil(num_examples / batch)
-        total = settings.max_steps or math.ceil(settings.num_train_epochs * per_epoch)
-        return cls(num_examples, batch, per_epoch, total)
-
-    def rows(self, order: Tensor, step: int) -> list[int]:
-        """The examples of a step, from the order of its epoch."""
-        start = step % self.steps_per_epoch * self.batch
-        return order[start : start + self.batch].tolist()
 
 
 @dataclass(frozen=True)

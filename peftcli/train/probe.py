@@ -7,7 +7,7 @@ of one length need the same each, so that two batches tell it of any other.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +96,7 @@ def measure(preview: Preview, examples: Sequence[Example]) -> Working:
     """
     passes = []
     for count in range(1, min(2, len(examples)) + 1):
-        batch = preview.collate(examples[:count])
-        passes.append(_pass(preview, batch.to(preview.device)))
+        passes.append(_pass(preview, preview.collate(examples[:count])))
     (tokens_a, targets_a, *a), (tokens_b, targets_b, *b) = passes[0], passes[-1]
     saved, answering, turning = zip(a, b, strict=True)
     return Working(
@@ -127,22 +126,35 @@ def num_elements(batch: Batch) -> int:
     return sum(t.numel() for t in ids) or len(inputs["pixel_values"])
 
 
+def run(preview: Preview, batch: Batch, between: Callable[[], None] = lambda: None) -> None:
+    """A forward and backward pass that leaves no trace; `between` comes in their middle."""
+    model = preview.model
+    was_training = model.training
+    model.train()
+    with streams.stream(preview.seed, "probe"):
+        loss = preview.loss(batch.to(preview.device))
+        between()
+        if loss.requires_grad:  # not where a method first frees weights in its steps
+            loss.backward()
+    model.train(was_training)
+    model.zero_grad(set_to_none=True)
+
+
 def _pass(preview: Preview, batch: Batch) -> tuple[int, int, int, int, int]:
     """(tokens, targets, bytes saved, on top in the forward pass, on top in the backward pass)."""
     model = preview.model
     known = [*model.parameters(), *model.buffers(), *tree_leaves(batch.inputs), batch.targets]
     watched = Watched([t for t in known if isinstance(t, Tensor)])
-    was_training = model.training
-    model.train()
-    with streams.stream(preview.seed, "probe"), _telling(model, watched), watched:
-        loss = preview.loss(batch)
+    saved = forward = 0
+
+    def note() -> None:
+        nonlocal saved, forward
         saved, forward = watched.now, watched.peak
         watched.peak = watched.now
-        if loss.requires_grad:  # not where a method first frees weights in its steps
-            loss.backward()
+
+    with _telling(model, watched), watched:
+        run(preview, batch, note)
     turning = watched.peak - saved
-    model.train(was_training)
-    model.zero_grad(set_to_none=True)
     return num_elements(batch), len(batch.targets), saved, forward - saved, turning
 
 

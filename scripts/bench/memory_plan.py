@@ -11,7 +11,6 @@ change.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 LLAMA, MINILM = "+recipe=lora_llama", "+recipe=lora_minilm"
 FOUR = "trainer.per_device_train_batch_size=4"
 EIGHT = "trainer.per_device_train_batch_size=8"
+SHORT = ("trainer.eval_on_start=false", "trainer.rehearse=false")
 CASES: dict[str, list[str]] = {
     "LoRA, Llama, 4 examples": [LLAMA, FOUR],
     "LoRA, Llama, 8 examples": [LLAMA, EIGHT],
@@ -54,23 +54,22 @@ def measure(words: list[str]) -> dict[str, Any]:
     from peftcli.train.signals import Stopper
 
     with tempfile.TemporaryDirectory() as name:
-        cfg = config.compose([*words, "trainer.eval_on_start=false", f"run_dir={name}"])
+        cfg = config.compose([*words, *SHORT, f"run_dir={name}"])
         parts = build(config.typed(cfg))
         adapt(parts)
         loop: Loop = make_loop(parts, cfg, RunFolder(Path(name)), hidden_screen(), Stopper())
-        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back
+        device.release_freed()  # what loading has freed goes back
         held = budget.estimate(parts, loop.plan, loop.optimizer).held
-        memory = budget.measure(parts, loop.plan, held)
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        memory = budget.measure(parts, loop.plan, held, whole=True)
         loop.evaluate = None
-        loop.save = lambda: Path(name)
-        loop.fit()
+        loop.save = lambda *_: Path(name)
         if parts.device.type == "cuda":
+            loop.fit()
             measured = device.peak_memory(parts.device)
         else:
-            status = Path("/proc/self/status").read_text()
-            measured = int(status.split("VmHWM:")[1].split()[0]) * 1024
+            device.release_freed()
+            before = device.resident_memory()
+            measured = before + device.growth(loop.fit)[0]
     return {
         "announced": memory.total,
         "measured": measured,
@@ -78,6 +77,7 @@ def measure(words: list[str]) -> dict[str, Any]:
         "tokens": memory.load.tokens,
         "activations": memory.activations,
         "logits": memory.logits,
+        "gaps": memory.gaps,
         **asdict(held),
     }
 

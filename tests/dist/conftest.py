@@ -31,6 +31,7 @@ SETTINGS = {
     "ddp": settings.Strategy("ddp"),
     "fsdp": settings.FSDP(),
     "fsdp_cpu": settings.FSDP(offload="optimizer"),
+    "fsdp_all_cpu": settings.FSDP(offload="parameters"),
     "zero1": settings.DeepSpeed(zero_stage=1),
     "zero2": settings.DeepSpeed(zero_stage=2),
     "zero3": settings.DeepSpeed(zero_stage=3),

@@ -22,6 +22,7 @@ from tests.dist.conftest import fork
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+DEEPSPEED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")  # and a word of its own
 
 
 def result(folder: Path) -> dict[str, Any]:
@@ -141,7 +142,9 @@ def test_a_rank_that_is_killed_is_named_and_all_start_again_from_the_newest_chec
     assert [s["step"] for s in steps(folder)] == list(range(1, steps(folder)[-1]["step"] + 1))
 
 
-@pytest.mark.parametrize("names", [TORCHRUN, SLURM], ids=["torchrun", "srun"])
+@pytest.mark.parametrize(
+    "names", [TORCHRUN, SLURM, DEEPSPEED], ids=["torchrun", "srun", "deepspeed"]
+)
 def test_processes_of_another_launcher_join_instead_of_starting_more(
     names: tuple[str, ...],
     two: list[str],
@@ -156,7 +159,9 @@ def test_processes_of_another_launcher_join_instead_of_starting_more(
         values = {number: rank, local: rank, **dict.fromkeys(sizes, 2)}
         os.environ |= {name: str(n) for name, n in values.items()}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), **environment(cache)}
-        assert main([word for word in two if "num_processes" not in word]) == 0
+        words = [word for word in two if "num_processes" not in word]
+        own = [f"--local_rank={rank}", "train"] if names == DEEPSPEED else []
+        assert main([*own, *words]) == 0
 
     monkeypatch.chdir(tmp_path)
     fork(2, be_rank, tmp_path)

@@ -36,6 +36,7 @@ METHODS = {
         *("spiel", "spt", "id3", "bitfit", "hf_peft", "partial", "full", "lisa", "hft"),
     ),
     "fsdp_cpu": ("full",),
+    "fsdp_all_cpu": ("lora", "full"),
     "zero1": ("adalora", "full"),
     "zero2": ("lora", "spt", "full", "lisa"),
     "zero3": ("lora", "oft", "prefix_tuning", "spt", "full", "lisa"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -18,8 +19,10 @@ import torch
 from peftcli import run as runs
 from peftcli.cli import main
 from peftcli.train import streams
-from tests.conftest import Cli
+from tests.conftest import Cli, environment, short_run, write_chats
 from tests.train.test_faults import in_a_child
+
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 
 
 def in_a_shell(work: Callable[[], int]) -> tuple[int, str]:
@@ -136,13 +139,25 @@ def test_a_step_that_does_not_fit_ends_with_what_would(cli: Cli, tiny_run: list[
 
 
 # -- strangers -------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def trained_once(models: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in SECRETS:
+            patch.setenv(name, f"secret-of-{name}")
+        for name, value in environment(cache).items():
+            patch.setenv(name, value)
+        words = short_run(models, write_chats(folder), folder)
+        assert main([*words, "trainer.max_steps=1"]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def trained(cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run folder."""
-    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+    for name in SECRETS:
         monkeypatch.setenv(name, f"secret-of-{name}")
-    cli(*tiny_run, "trainer.max_steps=1")
-    return tmp_path / "run"
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
 def own_target(run: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +61,8 @@ def test_a_run_on_few_bits_learns_and_publishes(
     words = [*tiny_run, f"quantization={kind}", "optimizer.lr=1e-2"]
     shown = cli(*words, "run_dir=whole").stderr
     assert kind in shown
-    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    losses = [r["loss"] for r in records if "loss" in r]
-    assert losses[-1] < losses[0]
+    first, *_, last = losses(tmp_path / "whole")
+    assert last < first
     assert (tmp_path / "whole" / "adapter").exists()
     again = json.loads(cli("eval", "whole", "--json").stdout)["metrics"]
     after = json.loads((tmp_path / "whole" / "result.json").read_text())["train_info"]["metrics"]
@@ -99,6 +98,48 @@ def test_merging_says_onto_what_and_what_it_changed(
     read = {o: AutoModelForCausalLM.from_pretrained(tmp_path / o) for o in change}
     stored = {o: weights.bits(m.model.layers[0].mlp.up_proj) for o, m in read.items()}
     assert stored == {"dequantised": None, "original": None, "requantised": 4}
+
+
+@pytest.fixture
+def stored(models: Path, tmp_path: Path) -> Path:
+    """The tiny Llama's folder with its linears in nf4."""
+    folder = tmp_path / "stored"
+    loaded(models, "llama", "causal_lm", name="nf4").model.save_pretrained(folder)
+    for path in (models / "llama").iterdir():
+        if not (folder / path.name).exists():
+            shutil.copy(path, folder / path.name)
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+
+
+def test_a_model_whose_files_hold_few_bits_trains_as_one_that_is_quantised_on_the_way(
+    cli: Cli, tiny_run: list[str], stored: Path, tmp_path: Path
+) -> None:
+    there = [*tiny_run, f"model.name_or_path={stored}", "trainer.max_steps=3"]
+    assert "nf4 (21 linears)" in " ".join(cli(*there, "run_dir=there").stderr.split())
+    cli(*tiny_run, "quantization=nf4", "trainer.max_steps=3", "run_dir=made")
+    assert losses(tmp_path / "there") == pytest.approx(losses(tmp_path / "made"), abs=1e-5)
+    merge = ["export", "there", "--to", "merged", "--output", "merged"]
+    assert "no other weights are there" in cli(*merge, "--onto", "original", code=2).stderr
+    cli(*merge)
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert weights.bits(read.model.layers[0].mlp.up_proj) is None
+
+
+def test_a_model_whose_files_hold_few_bits_is_never_read_as_another(
+    cli: Cli, tiny_run: list[str], stored: Path
+) -> None:
+    words = [*tiny_run, f"model.name_or_path={stored}"]
+    assert "stored in nf4 already" in cli(*words, "quantization=int8", code=2).stderr
+    assert "quantization=nf4: Full" in cli(*words[:-3], words[-1], "method=full", code=2).stderr
+    config = json.loads((stored / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (stored / "config.json").write_text(json.dumps(config))
+    assert "is stored in gptq, which is not read here" in cli(*words, code=2).stderr
 
 
 def test_what_cannot_be_is_said(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from peftcli.settings import Optimizer, Scheduler, Trainer
 from peftcli.train import checkpoint, loggers, optim, streams
 from peftcli.train.evaluate import evaluate
 from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
-from peftcli.train.loop import Loop, Plan, Progress
+from peftcli.train.loop import Loop
+from peftcli.train.plan import Plan, Progress
 from peftcli.train.preview import Preview
 from peftcli.train.signals import Stopper
 from tests import tiny

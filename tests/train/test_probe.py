@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from peftcli.methods.lora import LoRA
 from peftcli.methods.oft import OFT
-from peftcli.train import probe
+from peftcli.train import device, probe
+from peftcli.train.estimate import Held, Load, Memory
 from peftcli.train.preview import Preview
+from peftcli.train.probe import Line, Working
 from tests.train.conftest import MakeLoop, chats
 
 
@@ -33,6 +37,38 @@ def test_what_a_pass_saves_for_the_backward_one_is_a_line_in_the_rows(
     assert working.answering.at(targets) == pytest.approx(answering, rel=0.05)
     assert working.turning.at(tokens) == pytest.approx(turning, rel=0.25)
     assert saved > 10 * tokens * 32 * 4  # three blocks of width 32 in float32
+
+
+MiB = 2**20
+
+
+def test_growth_is_the_peak_and_what_stays() -> None:
+    kept = []
+
+    def work() -> None:
+        passing = torch.ones(16 * MiB)  # 64 MiB
+        kept.append(torch.ones(8 * MiB))
+        del passing
+
+    peak, stays = device.growth(work)
+    assert 95 * MiB < peak < 110 * MiB
+    assert 31 * MiB < stays < 40 * MiB
+
+
+def test_weights_that_lie_mapped_in_a_file_are_counted_once_they_are_read(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(64 * MiB))
+    mapped = torch.from_file(str(tmp_path / "weights"), shared=True, size=16 * MiB)
+    peak, _ = device.growth(lambda: device.make_resident([mapped.view(4, -1)]))
+    assert 60 * MiB < peak < 70 * MiB
+
+
+def test_what_the_allocator_scatters_goes_with_the_tensors_that_come_and_go() -> None:
+    held = Held(process=100, weights=50, deltas=5, gradients=5, optimizer=10)
+    working = Working(Line(0, 10), Line(0, 2), Line(0, 1))
+    whole = Memory(held, working, Load(20, 10, False, False), spread=1.5)
+    assert (whole.activations, whole.logits, whole.passing, whole.gaps) == (200, 20, 220, 110)
+    assert whole.total == 165 + 220 + 110
+    assert whole.at(0.5).gaps == 55
 
 
 def test_the_line_never_falls() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from peftcli.errors import DataError, NonFinite, Stopped
 from peftcli.train import checkpoint
-from tests.train.conftest import OPTIONS, MakeLoop, interrupted
+from tests.train.conftest import OPTIONS, MakeLoop, interrupted, loops
 
 
 def outcome(loop: object) -> tuple[dict[str, torch.Tensor], list[dict], list[bytes]]:
@@ -35,11 +37,14 @@ def same(a: tuple, b: tuple) -> None:
     assert a[2] == b[2]
 
 
-@pytest.fixture
-def straight(make_loop: MakeLoop, tmp_path: Path) -> tuple:
-    loop = make_loop(folder=tmp_path / "straight", **OPTIONS)
-    loop.fit()
-    return outcome(loop)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    """What the run of `OPTIONS` comes to without a stop."""
+    torch.set_num_threads(1)
+    with loops(tmp_path_factory.mktemp("straight")) as make_loop:
+        loop = make_loop(**OPTIONS)
+        loop.fit()
+        return outcome(loop)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -54,6 +59,27 @@ def test_several_interruptions_leave_no_trace(
     make_loop: MakeLoop, straight: tuple, tmp_path: Path, at: list[int]
 ) -> None:
     same(outcome(interrupted(make_loop, tmp_path / "again", list(at))), straight)
+
+
+def test_a_signal_in_any_micro_batch_leaves_no_trace(make_loop: MakeLoop, tmp_path: Path) -> None:
+    """Four steps of three forward and backward passes each; a step that has begun is finished."""
+    options = {"dropout": 0.2, "per_device_train_batch_size": 2, "max_steps": 4}
+    options |= {"gradient_accumulation_steps": 3, "longest_first": False}
+    straight = make_loop(folder=tmp_path / "straight", **options)
+    straight.fit()
+    for number in range(9):
+        folder = tmp_path / str(number)
+        stopped, passes = make_loop(folder=folder, **options), iter(range(number))
+
+        def signalled(*_: object, passes: Iterator[int] = passes) -> None:
+            if next(passes, None) is None and stopped.stopper.received is None:  # noqa: B023
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        stopped.host.model.register_forward_hook(signalled)
+        with pytest.raises(Stopped, match=f"after step {number // 3 + 1} of 4"):
+            stopped.fit()
+        stopped.stopper.received = None
+        same(outcome(interrupted(make_loop, folder, [], **options)), outcome(straight))
 
 
 def test_a_signal_during_evaluation_is_obeyed(
@@ -98,11 +124,18 @@ def test_the_rate_ends_where_the_schedule_ends(make_loop: MakeLoop) -> None:
 
 
 # -- damage ----------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with loops(tmp_path_factory.mktemp("saved")) as make_loop:
+        loop = make_loop(save_steps=4, save_total_limit=3)
+        loop.fit()
+        return loop.folder.checkpoints
+
+
 @pytest.fixture
-def saved(make_loop: MakeLoop) -> Path:
-    loop = make_loop(save_steps=4, save_total_limit=3)
-    loop.fit()
-    return loop.folder.checkpoints
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """Three checkpoints, to be damaged."""
+    return Path(shutil.copytree(saved_once, tmp_path / "checkpoints"))
 
 
 def test_a_checkpoint_holds_only_what_trains(saved: Path) -> None:
