@@ -251,7 +251,7 @@ def evaluator(
     """Evaluation of the model as it is on the held-out examples; None where there are none."""
     if parts.data is None or parts.data.eval is None or not len(parts.data.eval):
         return None
-    held_out, labels = parts.data.eval, parts.data.labels
+    held_out = parts.data.eval
     collate = collator(parts, scoring=True)
 
     def run() -> dict[str, float]:
@@ -266,7 +266,6 @@ def evaluator(
                 poll()
 
             size = parts.run.trainer.per_device_eval_batch_size
-            classes = len(labels) if labels else None
             values = evaluate(
                 parts.model,
                 parts.task,
@@ -274,7 +273,6 @@ def evaluator(
                 held_out.lengths,
                 collate,
                 size,
-                classes,
                 tick,
                 parts.strategy.ranks,
             )
