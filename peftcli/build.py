@@ -22,7 +22,7 @@ from peftcli.dist import strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
-from peftcli.models import attention, compiled, load
+from peftcli.models import attention, compiled, inputs, load, tasks
 from peftcli.models.head import direct_head
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
@@ -87,10 +87,10 @@ def build(
     autocast = _precision(run, where)
     source = resolve(run.model, cache_dir())
     config = load.load_config(source, run.model)
-    task = load.infer_task(run.model, config, run.dataset.format)
+    task = tasks.infer_task(run.model, config, run.dataset.format)
     images = task == "image_classification"
-    tokenizer = None if images else load.load_tokenizer(source, run.model)
-    processor = load.load_image_processor(source, run.model) if images else None
+    tokenizer = None if images else inputs.load_tokenizer(source, run.model)
+    processor = inputs.load_image_processor(source, run.model) if images else None
     data = None
     if with_data:
         data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data")
@@ -127,10 +127,10 @@ def empty_host(run: Run, classes: int | None = None) -> tuple[Host, Task]:
     Raises `ConfigError` where neither `model.architecture` nor the model's files say its sizes.
     """
     base = sizes_of(run)
-    task = load.infer_task(run.model, base, "auto")
+    task = tasks.infer_task(run.model, base, "auto")
     if classes is None:
         return Host(load.empty_model(base, task, cloze=run.method.fills_mask)), task
-    images = "image_classification" in load.offers(base)
+    images = "image_classification" in tasks.offers(base)
     task = "image_classification" if images else "classification"
     model = load.empty_model(base, task, tuple(map(str, range(classes))))
     return Host(model, load.head_of(model)), task
@@ -233,7 +233,7 @@ def collator(parts: Parts, scoring: bool = False) -> Collator:
     start = getattr(config, "decoder_start_token_id", None)
     pixels = None
     if parts.processor is not None:
-        pixels = lambda images: load.pixels(parts.processor, images)  # noqa: E731
+        pixels = lambda images: inputs.pixels(parts.processor, images)  # noqa: E731
     return make_collator(
         parts.task,
         pad=pad,

@@ -143,7 +143,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Learning rate over optimizer steps; names and arguments as in transformers (`peftcli/train/schedules.py`)."""
+    """Learning rate over optimizer steps; names and arguments are those of transformers."""
 
     name: Literal[
         "linear",

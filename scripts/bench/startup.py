@@ -63,13 +63,13 @@ def write_chats(folder: Path) -> Path:
     from peftcli import config
     from peftcli.data.examples import Examples
     from peftcli.data.prepare import prepare
-    from peftcli.models import load
+    from peftcli.models import inputs
     from peftcli.models.convert import folder_of
     from peftcli.models.source import cache_dir, resolve
 
     run = config.typed(config.compose([*FIRST_STEP, f"run_dir={folder}"]))
     source = resolve(run.model, cache_dir())
-    tokenizer = load.load_tokenizer(source, run.model)
+    tokenizer = inputs.load_tokenizer(source, run.model)
     data = prepare(run.dataset, "causal_lm", tokenizer, cache_dir=cache_dir() / "data")
     train: Examples = data.train
     rows = [train[i] for i in range(run.trainer.per_device_train_batch_size)]

@@ -115,7 +115,15 @@ def test_a_run_folder_is_loaded_with_values_and_groups_over_it(tmp_path: Path) -
     plain = config.typed(config.load(tmp_path))
     assert (plain.method.r, plain.run_dir) == (3, str(tmp_path))
     changed = config.typed(
-        config.load(tmp_path, ["dataset=tweets", "method.alpha=2", "scheduler=cosine", "scheduler.kwargs.num_cycles=1"])
+        config.load(
+            tmp_path,
+            [
+                "dataset=tweets",
+                "method.alpha=2",
+                "scheduler=cosine",
+                "scheduler.kwargs.num_cycles=1",
+            ],
+        )
     )
     assert (changed.dataset.path, changed.method) == (
         "tweets",
