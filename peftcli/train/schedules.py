@@ -16,7 +16,7 @@ Shape = Literal["linear", "cosine", "1-sqrt"]
 
 
 class Span(NamedTuple):
-    """What a schedule stretches over: `total` steps; in the first `warmup` the rate rises to `lr`."""
+    """What a schedule stretches over: `total` steps, the first `warmup` of which rise to `lr`."""
 
     lr: float
     warmup: int
