@@ -40,18 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as e:
+        return ended_by(e)
+
+
+def ended_by(e: BaseException) -> int:
+    """Say what ended a command; the exit code."""
+    if isinstance(e, KeyboardInterrupt) or interrupts.heard:  # libraries turn the one into others
         causes.record("stopped before training; nothing to save", Stopped.exit_code)
         return Stopped.exit_code
-    except UserError as e:
+    if isinstance(e, UserError):
         if shows_tracebacks():
             traceback.print_exc()
         return failed(str(e), e.exit_code)
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno in OF_DISKS:
-            return failed(f"{e.strerror}: {e.filename or 'a file of the run'}", DataError.exit_code)
-        what = f"unexpected {type(e).__name__}: {e}\nThis is a mistake of peftcli; its trace:"
-        return failed(f"{what}\n{traceback.format_exc().rstrip()}", 1)
+    if isinstance(e, OSError) and e.errno in OF_DISKS:
+        return failed(f"{e.strerror}: {e.filename or 'a file of the run'}", DataError.exit_code)
+    what = f"unexpected {type(e).__name__}: {e}\nThis is a mistake of peftcli; its trace:"
+    return failed(f"{what}\n{traceback.format_exc().rstrip()}", 1)
 
 
 def failed(text: str, code: int) -> int:

@@ -129,8 +129,8 @@ class Trainer:
     keep_bytes: Positive | None = (
         None  # bytes that checkpoints may take together; the newest and the best stay in any case
     )
-    rehearse: bool = False  # save, evaluate and publish before the first step, to fail early
-    longest_first: bool = False  # compute the longest micro-batch once before the first step
+    rehearse: bool = True  # save and publish after the first step, and remove it, to fail early
+    longest_first: bool = True  # compute the longest micro-batch once before the first step
     metric_for_best: str = "auto"  # auto: accuracy, pearson or loss, by the task
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops

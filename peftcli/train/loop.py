@@ -141,8 +141,8 @@ class Loop:
         self.log = self.open_log(self.progress)
         self.host.model.train()
         try:
-            if not self.progress.step:
-                rehearsal.rehearse(self)
+            if not self.progress.step and self.settings.longest_first:
+                rehearsal.compute_longest(self)
             while True:
                 self._evaluate_if_due()
                 self._save_if_due()
@@ -151,8 +151,10 @@ class Loop:
                 self.stopper.poll()
                 if epoch != self.progress.step // self.plan.steps_per_epoch:
                     epoch = self.progress.step // self.plan.steps_per_epoch
-                    order = self._order(epoch)
+                    order = self.order(epoch)
                 self.step([self.examples[i] for i in self.plan.rows(order, self.progress.step)])
+                if self.progress.step == 1 < self.plan.total and self.settings.rehearse:
+                    rehearsal.save_and_publish(self)
         except StopRequested as request:
             path = self.save()
             raise Stopped(
@@ -167,8 +169,8 @@ class Loop:
         self.progress = Progress(**checkpoint.load(path, self._parts()))
         self.strategy.settle(self.host)
 
-    def save(self) -> Path:
-        """Write a checkpoint of now, on rank 0."""
+    def save(self, folder: Path | None = None) -> Path:
+        """Write a checkpoint of now, on rank 0: into the run's checkpoints, or another folder."""
         snapshot = checkpoint.take(self._parts())
         if not self.ranks.is_main:
             return self._checkpoint
@@ -176,7 +178,12 @@ class Loop:
         keep = Keep(self.settings.save_total_limit, self.settings.keep_bytes, frozenset(best))
         progress = asdict(self.progress)
         return checkpoint.save(
-            self.folder.checkpoints, self.progress.step, self._parts(), snapshot, progress, keep
+            folder or self.folder.checkpoints,
+            self.progress.step,
+            self._parts(),
+            snapshot,
+            progress,
+            keep,
         )
 
     # -- one step ----------------------------------------------------------------------------------
@@ -316,8 +323,7 @@ class Loop:
     # -- evaluation and checkpoints ----------------------------------------------------------------
     def _evaluate_if_due(self) -> None:
         step, every = self.progress.step, self.settings.eval_steps
-        first = self.settings.eval_on_start or self.settings.rehearse
-        at_edge = step == self.plan.total or (step == 0 and first)
+        at_edge = step == self.plan.total or (step == 0 and self.settings.eval_on_start)
         due = at_edge or (every is not None and step > 0 and step % every == 0)
         if self.evaluate is None or not due or self.progress.evaluated == step:
             return
@@ -350,7 +356,8 @@ class Loop:
             self.save()
 
     # -- small pieces ------------------------------------------------------------------------------
-    def _order(self, epoch: int) -> Tensor:
+    def order(self, epoch: int) -> Tensor:
+        """The examples of an epoch."""
         lengths = self.lengths if self.group_by_length else None
         return streams.order(len(self.examples), self.seed, epoch, lengths, self.round_size)
 

@@ -272,7 +272,7 @@ def test_over_lora_the_run_is_that_of_a_masked_adam_and_the_rest_stays(
     for group in plain.optimizer.param_groups:
         group["weight_decay"] = 0.0
     for s, n in enumerate((8, 8, 7, 7)):
-        (share,) = plain.shares([plain.examples[i] for i in plain.plan.rows(plain._order(0), s)])
+        (share,) = plain.shares([plain.examples[i] for i in plain.plan.rows(plain.order(0), s)])
         plain.forward_backward([share], Totals.of([share.batch]))
         _mask_and_cut(weights, masks, ID3(exp=exp), n)
         plain.optimizer.step()

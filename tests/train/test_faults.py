@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,9 +244,10 @@ def test_a_rehearsal_leaves_no_trace_in_the_training(
     make_loop: MakeLoop, tmp_path: Path, option: str
 ) -> None:
     results = []
-    for name, extra in (("plain", {}), ("rehearsed", {option: True})):
+    for name in ("plain", "rehearsed"):
+        asked = {"rehearse": False, "longest_first": False} | {option: name == "rehearsed"}
         loop = make_loop(
-            folder=tmp_path / name, dropout=0.2, max_steps=3, held_out=chats(3, 9), **extra
+            folder=tmp_path / name, dropout=0.2, max_steps=3, held_out=chats(3, 9), **asked
         )
         loop.fit()
         random = torch.get_rng_state()
@@ -254,10 +256,8 @@ def test_a_rehearsal_leaves_no_trace_in_the_training(
     assert torch.equal(results[0][2], results[1][2])
 
 
-def test_a_rehearsal_fails_before_the_first_step_where_the_end_would_fail(
-    make_loop: MakeLoop,
-) -> None:
-    loop = make_loop(max_steps=3, rehearse=True)
+def test_a_run_fails_after_the_first_step_where_its_end_would_fail(make_loop: MakeLoop) -> None:
+    loop = make_loop(max_steps=3)
 
     def publish(place: Path, values: dict[str, float]) -> None:
         place.mkdir()
@@ -266,8 +266,29 @@ def test_a_rehearsal_fails_before_the_first_step_where_the_end_would_fail(
     loop.publish = publish
     with pytest.raises(DataError, match="cannot be published"):
         loop.fit()
-    assert loop.progress.step == 0
+    assert loop.progress.step == 1
     assert not list(loop.folder.path.glob(".rehearsal"))
+
+
+def test_the_longest_examples_are_computed_ahead_unless_the_first_step_has_them(
+    make_loop: MakeLoop,
+) -> None:
+    for is_needed in (True, False):
+        loop = make_loop(max_steps=2, per_device_train_batch_size=2)
+        lengths = np.arange(len(loop.examples))
+        loop.lengths = lengths if is_needed else np.ones_like(lengths)
+        first = loop.plan.rows(loop.order(0), 0)
+        computed: list[list[str]] = []
+        plain = loop.shares
+
+        def shares(examples: Any, plain: Any = plain, computed: list[list[str]] = computed) -> Any:
+            computed.append([str(e["id"]) for e in examples])
+            return plain(examples)
+
+        loop.shares = shares
+        loop.fit()
+        assert len(computed) == 2 + is_needed
+        assert (computed[0] != [str(loop.examples[i]["id"]) for i in first]) == is_needed
 
 
 # -- what the optimizer keeps ----------------------------------------------------------------------
