@@ -28,6 +28,7 @@ FIRST_STEP = [
     "+recipe=lora_llama",
     "trainer.max_steps=1",
     "trainer.eval_on_start=false",
+    "trainer.longest_first=false",  # a second pass through the model before the first step
     "dataset.eval_samples=1",
 ]
 
