@@ -106,8 +106,17 @@ def test_a_run_imports_neither_other_adapters_nor_a_compiler_nor_figures(
     tiny_run: list[str], cache: Path, tmp_path: Path
 ) -> None:
     """Each takes seconds of every start; LoRA on a plain model needs none."""
-    heavy = ("peft", "bitsandbytes", "deepspeed", "torch._inductor", "datasets", "pandas")
-    heavy += ("pyarrow", "matplotlib", "scipy", "sklearn", "wandb", "optuna", "torchmetrics")
+    heavy = ("peft", "bitsandbytes", "deepspeed", "datasets", "pandas")
+    heavy += (
+        "torch._inductor.lowering",
+        "pyarrow",
+        "matplotlib",
+        "scipy",
+        "sklearn",
+        "wandb",
+        "optuna",
+        "torchmetrics",
+    )
     code = (
         "import sys; from peftcli.cli import main; code = main(sys.argv[1:]);"
         f"sys.exit(code or ' '.join(m for m in {heavy} if m in sys.modules))"
