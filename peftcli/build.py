@@ -23,7 +23,7 @@ from peftcli.dist import environment, strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
-from peftcli.models import attention, compiled, load
+from peftcli.models import attention, compiled, inputs, load, tasks
 from peftcli.models.head import direct_head
 from peftcli.models.positions import refuse_long_rows
 from peftcli.models.source import Source, cache_dir, resolve
@@ -90,10 +90,10 @@ def build(
     config = load.load_config(source, run.model)
     bits = stored.bits_of(run, config)
     stored.refuse(run, bits)
-    task = load.infer_task(run.model, config, run.dataset.format)
+    task = tasks.infer_task(run.model, config, run.dataset.format)
     images = task == "image_classification"
-    tokenizer = None if images else load.load_tokenizer(source, run.model)
-    processor = load.load_image_processor(source, run.model) if images else None
+    tokenizer = None if images else inputs.load_tokenizer(source, run.model)
+    processor = inputs.load_image_processor(source, run.model) if images else None
     data = None
     if with_data or task in LABELLED:
         data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data")
@@ -142,10 +142,10 @@ def empty_host(run: Run, classes: int | None = None) -> tuple[Host, Task]:
     Raises `ConfigError` where neither `model.architecture` nor the model's files say its sizes.
     """
     base = sizes_of(run)
-    task = load.infer_task(run.model, base, "auto")
+    task = tasks.infer_task(run.model, base, "auto")
     if classes is None:
         return Host(load.empty_model(base, task, cloze=run.method.fills_mask)), task
-    images = "image_classification" in load.offers(base)
+    images = "image_classification" in tasks.offers(base)
     task = "image_classification" if images else "classification"
     model = load.empty_model(base, task, tuple(map(str, range(classes))))
     return Host(model, load.head_of(model)), task
@@ -250,7 +250,7 @@ def collator(parts: Parts, scoring: bool = False) -> Collator:
     start = getattr(config, "decoder_start_token_id", None)
     pixels = None
     if parts.processor is not None:
-        pixels = lambda images: load.pixels(parts.processor, images)  # noqa: E731
+        pixels = lambda images: inputs.pixels(parts.processor, images)  # noqa: E731
     return make_collator(
         parts.task,
         pad=pad,
@@ -268,7 +268,7 @@ def evaluator(
     """Evaluation of the model as it is on the held-out examples; None where there are none."""
     if parts.data is None or parts.data.eval is None or not len(parts.data.eval):
         return None
-    held_out, labels = parts.data.eval, parts.data.labels
+    held_out = parts.data.eval
     collate = collator(parts, scoring=True)
 
     def run() -> dict[str, float]:
@@ -283,7 +283,6 @@ def evaluator(
                 poll()
 
             size = parts.run.trainer.per_device_eval_batch_size
-            classes = len(labels) if labels else None
             values = evaluate(
                 parts.model,
                 parts.task,
@@ -291,7 +290,6 @@ def evaluator(
                 held_out.lengths,
                 collate,
                 size,
-                classes,
                 tick,
                 parts.strategy.ranks,
             )

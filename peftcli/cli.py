@@ -110,13 +110,14 @@ def train(words: list[str]) -> int:
     args = hydra_app.parse(words)
     if args.overrides and is_run_folder(args.overrides[0]):
         return resume(Path(args.overrides[0]), args.overrides[1:], args.config_dirs)
-    from peftcli import config
 
     def check(cfg: DictConfig) -> None:
+        from peftcli import config
+
         config.typed(cfg, args.config_dirs)
 
     def task(cfg: DictConfig, folder: Path) -> int:
-        from peftcli import run
+        from peftcli import config, run
 
         return run.train(config.typed(cfg, args.config_dirs), cfg)
 

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from peftcli import cards, folders, settings, written
 from peftcli.errors import ConfigError, DataError, did_you_mean
 from peftcli.suggest import nearest_keys
+from peftcli.train.schedules import SCHEDULES
 from peftcli.words import in_words
 
 FILE = "config.yaml"
@@ -172,8 +173,10 @@ class Check:
         cls = self.target(
             group, target, ("peftcli.",) if base else ("peftcli.methods.",), base or None
         )
-        self.keys(group, cls, values)
-        return {group: self.values(group, cls, values)}
+        made = self.checked(group, cls, values)
+        if group == "scheduler":
+            self.checked(f"{group}.kwargs", SCHEDULES[made.name], made.kwargs)
+        return {group: made}
 
     def target(self, group: str, target: str, allowed: tuple[str, ...], base: type | None) -> type:
         """The class of a `_target_`: in an allowed package and of the group's kind."""
@@ -221,6 +224,11 @@ class Check:
                 for i, item in enumerate(values[name]):
                     if isinstance(item, dict):
                         self.keys(f"{_join(where, name)}[{i}]", typing.cast("type", inner), item)
+
+    def checked(self, where: str, cls: type, values: Mapping[str, Any]) -> Any:
+        """`cls` of the values, none unknown, none missing, each of its type."""
+        self.keys(where, cls, values)
+        return self.values(where, cls, values)
 
     def values(self, where: str, cls: type, values: Mapping[str, Any]) -> Any:
         """`cls` of the values, each strictly of its type and in its range.
@@ -280,8 +288,7 @@ class Check:
         fields = {"cls": target, "kwargs": kwargs} | {
             k: v for k, v in values.items() if k not in own
         }
-        self.keys("optimizer", settings.Optimizer, fields)
-        return self.values("optimizer", settings.Optimizer, fields)
+        return self.checked("optimizer", settings.Optimizer, fields)
 
     # -- Words -------------------------------------------------------------------------------------
     def _no_key(self, key: str, siblings: list[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable
 
 # of disks: full, over quota, too large a file, read-only, broken, gone from the network
@@ -62,6 +63,12 @@ class RankEnded(UserError):  # noqa: N818
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+
+def first_sentence(error: Exception) -> str:
+    """What a library's error says first, for a message of ours."""
+    text = " ".join(str(error).split())
+    return re.split(r"(?<=[.!?]) ", text)[0] or type(error).__name__
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:

@@ -144,7 +144,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """Learning rate over optimizer steps; names and arguments of `transformers.get_scheduler`."""
+    """Learning rate over optimizer steps; names and arguments are those of transformers."""
 
     name: Literal[
         "linear",

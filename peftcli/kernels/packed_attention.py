@@ -59,8 +59,11 @@ def packed_attention(
     """
     if is_reference():
         return packed_attention_ref(q, k, v, segments, scale, before, dropout)
-    k, v = (_each_head(t, q.shape[1]) for t in (k, v))
-    held = None if before is None else tuple(_each_head(t, q.shape[1]) for t in before)
+    grouped = q.is_cpu  # its kernel reads grouped keys as they are; not every one on CUDA does
+    held = before
+    if not grouped:
+        k, v = (_each_head(t, q.shape[1]) for t in (k, v))
+        held = None if before is None else tuple(_each_head(t, q.shape[1]) for t in before)
     # split, not slices: the backward pass of a slice fills a whole row with zeros
     lengths = [segment.stop - segment.start for segment in segments]
     parts = [t.split(lengths, 2) for t in (q, k, v)]
@@ -76,9 +79,8 @@ def packed_attention(
             T = q_s.shape[2]
             k_s, v_s = (torch.cat(t, 2) for t in zip(*seen, (k_s, v_s), strict=True))
             mask = behind_prefix(k_s.shape[2] - T, T, q.device)
-        outputs.append(
-            F.scaled_dot_product_attention(q_s, k_s, v_s, mask, dropout, mask is None, scale=scale)
-        )
+        options = {"is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
+        outputs.append(F.scaled_dot_product_attention(q_s, k_s, v_s, mask, dropout, **options))
     return torch.cat(outputs, 2).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""Model, tokenizer and image processor of a source, ready for a task.
+"""The model of a source, ready for a task.
 
 Weights go from the mapped safetensors straight into the wanted type. What a task adds to the model
 (a classifier) is drawn from torch's random stream and reported, so that it is trained and saved.
@@ -6,56 +6,33 @@ Weights go from the mapped safetensors straight into the wanted type. What a tas
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
-import io
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from peftcli.errors import ConfigError, DataError, did_you_mean
+from peftcli.errors import ConfigError, DataError, did_you_mean, first_sentence
 from peftcli.models.convert import folder_of
+from peftcli.models.inputs import load_tokenizer
 from peftcli.models.quantise import compute_in, dequantise, loading, stored_as
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
-from peftcli.models.source import Source, tokenizer_folder
-from peftcli.settings import Format, Model, Quantization, Task
+from peftcli.models.source import Source
+from peftcli.models.tasks import class_for, for_task
+from peftcli.settings import Model, Quantization, Task
 
-_AUTO: dict[Task, Any] = {
-    "causal_lm": AutoModelForCausalLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "image_classification": AutoModelForImageClassification,
-}
-_TASK_OF: dict[str, Task] = {
-    "classification": "classification",
-    "regression": "regression",
-    "image_classification": "image_classification",
-}
 # Buffers that older versions of transformers saved and newer ones compute.
 _NO_WEIGHTS = re.compile(r"position_ids$|inv_freq$|masked_bias$|attn(ention)?\.bias$")
 
@@ -75,66 +52,7 @@ def load_config(source: Source, cfg: Model) -> PreTrainedConfig:
         with quiet():
             return AutoConfig.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     except (ValueError, KeyError) as error:
-        raise DataError(f"{folder}/config.json: {_first_sentence(error)}") from None
-
-
-def infer_task(cfg: Model, config: PreTrainedConfig, format: Format) -> Task:
-    """The task of `model.task`, else of the data's format, else of the architecture."""
-    if cfg.task != "auto":
-        return cfg.task
-    if format in _TASK_OF:
-        return _TASK_OF[format]
-    if config.is_encoder_decoder:
-        return "seq2seq"
-    if format != "auto":  # chat, instruct, prompt_completion, text
-        return "causal_lm"
-    offered = offers(config)
-    return offered[0] if offered else "causal_lm"
-
-
-def offers(config: PreTrainedConfig) -> list[Task]:
-    """The tasks that the architecture has a model for, the most natural first."""
-    return [task for task in _AUTO if _class_for(task, config) is not None]
-
-
-def load_tokenizer(source: Source, cfg: Model) -> PreTrainedTokenizerBase:
-    """The tokenizer, with the template of `cfg.chat_template` and with a padding token."""
-    folder = tokenizer_folder(cfg.tokenizer) if cfg.tokenizer else folder_of(source)
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=cfg.trust_remote_code
-            )
-    except (ValueError, OSError, TypeError) as error:
-        raise DataError(
-            f"{folder} has no tokenizer that can be read ({_first_sentence(error)}). "
-            "Name the folder or hub id of one: model.tokenizer."
-        ) from None
-    if cfg.chat_template:
-        tokenizer.chat_template = _read_template(Path(cfg.chat_template).expanduser())
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
-
-
-def load_image_processor(source: Source, cfg: Model) -> Any:
-    """What turns images into `pixel_values`, on PIL and numpy: torchvision is not needed."""
-    folder = folder_of(source)
-    try:
-        with quiet():
-            if ours := _pil_processor(folder):
-                return ours.from_pretrained(folder)
-            return AutoImageProcessor.from_pretrained(
-                folder, backend="pil", trust_remote_code=cfg.trust_remote_code
-            )
-    except (ValueError, OSError, ImportError) as error:
-        raise DataError(f"{folder} has no image processor: {_first_sentence(error)}") from None
-
-
-def pixels(processor: Any, images: Sequence[str | Path | bytes | Image.Image]) -> Tensor:
-    """Images by path, content or object as `pixel_values` (B, 3, H, W)."""
-    opened = [_open(image) for image in images]
-    return processor(opened, return_tensors="pt")["pixel_values"]
+        raise DataError(f"{folder}/config.json: {first_sentence(error)}") from None
 
 
 def load_model(
@@ -165,7 +83,7 @@ def load_model(
         DataError: weights are missing, or there are some that config.json knows nothing of.
     """
     config = for_task(load_config(source, cfg), task, labels)
-    cls = _class(task, config, cfg, cloze)
+    cls = class_for(task, config, cfg, cloze)
     attention = cfg.attn_implementation
     compute_in(config, compute_dtype)
     stored = {}
@@ -186,7 +104,7 @@ def load_model(
                 **stored,
             )
     except (ValueError, ImportError) as error:
-        reason = _first_sentence(error)
+        reason = first_sentence(error)
         if attention == "auto":
             raise DataError(f"{source.name} cannot be loaded: {reason}") from None
         raise ConfigError(f"model.attn_implementation={attention}: {reason} Or use auto.") from None
@@ -214,7 +132,7 @@ def empty_model(
         source = load_config(source, Model(source.name))
     config = for_task(source, task, labels)
     with torch.device("meta"), quiet():
-        return _class(task, config, cloze=cloze)(config).eval()
+        return class_for(task, config, cloze=cloze)(config).eval()
 
 
 def head_of(model: PreTrainedModel) -> tuple[str, ...]:
@@ -251,62 +169,7 @@ def config_of(architecture: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         return cls(**dimensions)
     except (TypeError, ValueError) as error:  # of a wrong type, or dimensions that do not fit
-        raise ConfigError(f"model.architecture: {_first_sentence(error)}") from None
-
-
-def for_task(
-    config: PreTrainedConfig, task: Task, labels: tuple[str, ...] | None
-) -> PreTrainedConfig:
-    """A copy of `config` with the number and names of the task's outputs."""
-    config = copy.deepcopy(config)
-    if task == "regression":
-        config.id2label, config.label2id = {0: "score"}, {"score": 0}
-        config.problem_type = "regression"
-    elif task in ("classification", "image_classification") and labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-        config.problem_type = "single_label_classification"
-    return config
-
-
-def _class_for(task: Task, config: PreTrainedConfig) -> Any:
-    """The architecture's class for the task, or None. Encoders count as no language models."""
-    if task == "causal_lm":
-        alone = getattr(config, "is_decoder", False)
-        is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and not alone
-        if config.is_encoder_decoder or is_encoder:
-            return None
-    mapping = _AUTO[task]._model_mapping
-    found = mapping[type(config)] if type(config) in mapping else None
-    return found[0] if isinstance(found, tuple) else found
-
-
-def _class(
-    task: Task, config: PreTrainedConfig, cfg: Model | None = None, cloze: bool = False
-) -> Any:
-    if cloze:
-        return _cloze_class(task, config)
-    if cfg is not None and cfg.trust_remote_code and hasattr(config, "auto_map"):
-        return _AUTO[task]
-    cls = _class_for(task, config)
-    if cls is None:
-        choices = offers(config)
-        raise ConfigError(
-            f"{config.model_type} has no model for the task {task}. "
-            + (f"It offers model.task={' or '.join(choices)}." if choices else "It offers none.")
-        )
-    return cls
-
-
-def _cloze_class(task: Task, config: PreTrainedConfig) -> Any:
-    """The encoder with its masked-language head."""
-    mapping = AutoModelForMaskedLM._model_mapping
-    if task != "classification" or config.is_encoder_decoder or type(config) not in mapping:
-        raise ConfigError(
-            "method.label_words answer a classification by an encoder (BERT, RoBERTa ...); this "
-            f"is {config.model_type} with model.task={task}."
-        )
-    return mapping[type(config)]
+        raise ConfigError(f"model.architecture: {first_sentence(error)}") from None
 
 
 def _pad_alike(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -363,31 +226,3 @@ def _highest(key: str, model: nn.Module, new: set[str]) -> str:
             break
         path = parent
     return path
-
-
-def _pil_processor(folder: Path) -> Any:
-    """The PIL class of the folder's processor; before 5.23 AutoImageProcessor wants torchvision."""
-    file = folder / "preprocessor_config.json"
-    values = json.loads(file.read_text()) if file.is_file() else {}
-    name = values.get("image_processor_type") or values.get("feature_extractor_type") or ""
-    name = name.removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
-    return getattr(transformers, f"{name}Pil", None)
-
-
-def _read_template(path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"model.chat_template={path}: there is no such file.")
-    return path.read_text(encoding="utf-8")
-
-
-def _open(image: str | Path | bytes | Image.Image) -> Image.Image:
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    elif not isinstance(image, Image.Image):
-        image = Image.open(image)
-    return image.convert("RGB")
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return re.split(r"(?<=[.!?]) ", text)[0] or type(error).__name__

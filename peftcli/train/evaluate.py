@@ -37,7 +37,6 @@ def evaluate(
     lengths: np.ndarray,
     collate: Collator,
     batch_size: int,
-    num_classes: int | None = None,
     tick: Tick = lambda n: None,
     ranks: Ranks | None = None,
 ) -> dict[str, float]:
@@ -51,7 +50,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     was_training, device = model.training, next(model.parameters()).device
-    metrics = Metrics(task, num_classes)
+    metrics = Metrics(task)
     model.eval()
     batches = list(_by_length(lengths, batch_size))
     parts: list[Part] = []

@@ -1,4 +1,4 @@
-"""The optimizer and the learning-rate schedule of a run, from torch's and transformers' own."""
+"""The optimizer and the learning-rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import inspect
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from peftcli.core.host import Host
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
 from peftcli.settings import OPTIMIZERS, Scheduler
 from peftcli.settings import Optimizer as OptimizerSettings
+from peftcli.train.schedules import SCHEDULES, Span
 
 
 def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> Optimizer:
@@ -76,8 +78,6 @@ def with_heads_apart(
 
 def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRScheduler:
     """The named schedule over `total` optimizer steps."""
-    from transformers import get_scheduler  # imports peft and bitsandbytes where they are: slow
-
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = math.ceil(settings.warmup_ratio * total)
@@ -85,18 +85,9 @@ def make_scheduler(settings: Scheduler, optimizer: Optimizer, total: int) -> LRS
         raise ConfigError(
             f"scheduler.warmup_steps={warmup} is more than the run's {total} optimizer steps."
         )
-    try:
-        return get_scheduler(
-            settings.name,
-            optimizer,
-            num_warmup_steps=warmup,
-            num_training_steps=total,
-            scheduler_specific_kwargs=dict(settings.kwargs),
-        )
-    except (TypeError, ValueError) as e:
-        raise ConfigError(
-            f"scheduler.kwargs={dict(settings.kwargs)} do not fit {settings.name}: {e}"
-        ) from None
+    schedule = SCHEDULES[settings.name](**settings.kwargs)
+    schedule.check(span := Span(optimizer.defaults["lr"], warmup, total))
+    return LambdaLR(optimizer, partial(schedule.part, span))
 
 
 def clip(host: Host, max_norm: float | None) -> float:

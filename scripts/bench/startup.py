@@ -1,10 +1,11 @@
 """Seconds until an answer: the commands that load no model, and the first optimizer step of a run.
 
-    python scripts/bench/startup.py [--rounds 5] [--json]
+    python scripts/bench/startup.py [--rounds 5] [--compiled] [--json]
 
 The first step is timed from the start of the process, with model and data prepared before:
 `+recipe=lora_llama`, and a plain script with Hugging Face peft that does the same step (16 chats,
-LoRA on all linears, AdamW) on the same folder. They alternate.
+LoRA on all linears, AdamW) on the same folder. They alternate. `--compiled` times the first step of
+`trainer.compile=true` too, with nothing compiled before, and with what that compiled.
 """
 
 from __future__ import annotations
@@ -27,19 +28,22 @@ FIRST_STEP = [
     "+recipe=lora_llama",
     "trainer.max_steps=1",
     "trainer.eval_on_start=false",
+    "trainer.longest_first=false",  # a second pass through the model before the first step
     "dataset.eval_samples=1",
 ]
 
 
-def seconds(command: list[str], until: str | None = None) -> float:
-    """From the start of the command to its end, or to its first line that begins with `until`."""
+def seconds(command: list[str], until: str | None = None, **more: str) -> float:
+    """From the start of the command to its end, or to its first line that begins with `until`, in
+    an environment with `more`.
+    """
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment(),
+        env={**environment(), **more},
     )
     assert process.stdout
     passed = None
@@ -63,13 +67,13 @@ def write_chats(folder: Path) -> Path:
     from peftcli import config
     from peftcli.data.examples import Examples
     from peftcli.data.prepare import prepare
-    from peftcli.models import load
+    from peftcli.models import inputs
     from peftcli.models.convert import folder_of
     from peftcli.models.source import cache_dir, resolve
 
     run = config.typed(config.compose([*FIRST_STEP, f"run_dir={folder}"]))
     source = resolve(run.model, cache_dir())
-    tokenizer = load.load_tokenizer(source, run.model)
+    tokenizer = inputs.load_tokenizer(source, run.model)
     data = prepare(run.dataset, "causal_lm", tokenizer, cache_dir=cache_dir() / "data")
     train: Examples = data.train
     rows = [train[i] for i in range(run.trainer.per_device_train_batch_size)]
@@ -105,6 +109,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -122,6 +127,12 @@ def main() -> None:
             times.setdefault("first step, ours", []).append(seconds(ours, "step 1"))
             hf = [sys.executable, __file__, "--plain", str(chats)]
             times.setdefault("first step, HF peft", []).append(seconds(hf, "step 1"))
+            if args.compiled:
+                kept = {"TORCHINDUCTOR_CACHE_DIR": f"{name}/compiled-{i}"}
+                for what in ("cold", "warm"):
+                    words = [*ours[:-1], f"run_dir={name}/{i}-{what}", "trainer.compile=true"]
+                    took = seconds(words, "step 1", **kept)
+                    times.setdefault(f"first step, ours, compiled, {what}", []).append(took)
     rows = {what: statistics.median(took) for what, took in times.items()}
     if args.json:
         print(json.dumps({"where": where(), "rows": rows}, indent=2))

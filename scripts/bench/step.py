@@ -2,7 +2,7 @@
 process.
 
     python scripts/bench/step.py [--dtype float32 bfloat16] [--batch 4] [--length 256] [--rounds 7]
-    [--variants hf ours hf_compiled floor] [--json]
+    [--variants hf ours hf_compiled floor] [--layers 30] [--json]
 
 SmolLM2-135M, LoRA r=16 on all linears, every position a target, AdamW step included. Prints
 medians, ratios to HF peft of the same type, and peak memory (on the CPU resident, the loader
@@ -47,9 +47,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["hf", "ours", "floor"])
+    parser.add_argument("--layers", type=int, help="the first of the model; all by default")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    works = [Work(dtype, args.batch, args.length) for dtype in args.dtype]
+    works = [Work(d, args.batch, args.length, layers=args.layers) for d in args.dtype]
     rows = table(works, list(dict.fromkeys(["hf", *args.variants])), args.rounds)
     if args.json:
         print(json.dumps({"where": where(), "rows": rows}, indent=2))

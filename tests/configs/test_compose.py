@@ -115,13 +115,21 @@ def test_a_run_folder_is_loaded_with_values_and_groups_over_it(tmp_path: Path) -
     plain = config.typed(config.load(tmp_path))
     assert (plain.method.r, plain.run_dir) == (3, str(tmp_path))
     changed = config.typed(
-        config.load(tmp_path, ["dataset=tweets", "method.alpha=2", "scheduler.kwargs.x=1"])
+        config.load(
+            tmp_path,
+            [
+                "dataset=tweets",
+                "method.alpha=2",
+                "scheduler=cosine",
+                "scheduler.kwargs.num_cycles=1",
+            ],
+        )
     )
     assert (changed.dataset.path, changed.method) == (
         "tweets",
         LoRA(r=3, alpha=2.0, target_modules="all-linear"),
     )
-    assert changed.scheduler.kwargs == {"x": 1}
+    assert changed.scheduler.kwargs == {"num_cycles": 1}
     with pytest.raises(ConfigError, match=r"Did you mean method\.alpha"):
         config.load(tmp_path, ["method.lora_alpha=2"])
     with pytest.raises(ConfigError, match="cannot be put over a run folder"):

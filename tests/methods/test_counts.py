@@ -19,7 +19,7 @@ from peftcli import cards, folders
 from peftcli.core.host import Host
 from peftcli.describe import by_role
 from peftcli.export import adapter
-from peftcli.models import load
+from peftcli.models import load, tasks
 from peftcli.settings import Model
 from tests.conftest import Cli
 from tests.laws.test_method_laws import make_method
@@ -81,7 +81,7 @@ def dimensions(model: str) -> PreTrainedConfig:
 
 def host_of(model: str) -> Host:
     base = dimensions(model)
-    return Host(load.empty_model(base, load.infer_task(Model(model), base, "auto")))
+    return Host(load.empty_model(base, tasks.infer_task(Model(model), base, "auto")))
 
 
 @pytest.mark.parametrize(

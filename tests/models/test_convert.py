@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peftcli.errors import DataError
-from peftcli.models import load
+from peftcli.models import inputs, load
 from peftcli.models.convert import folder_of
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Model
@@ -154,9 +154,9 @@ def test_an_unknown_way_to_cut_text_is_refused(original: Path, tmp_path: Path) -
     cfg = Model(str(tmp_path / "tiny.gguf"))
     source = resolve(cfg, tmp_path)
     with pytest.raises(DataError, match=r"model\.tokenizer"):
-        load.load_tokenizer(source, cfg)
+        inputs.load_tokenizer(source, cfg)
     elsewhere = Model(cfg.name_or_path, tokenizer=str(original))
-    assert load.load_tokenizer(source, elsewhere).eos_token == "<|im_end|>"
+    assert inputs.load_tokenizer(source, elsewhere).eos_token == "<|im_end|>"
 
 
 @pytest.mark.parametrize("part", [0.01, 0.2, 0.6])
@@ -181,7 +181,7 @@ def smollm2() -> tuple[Source, Model]:
 
 
 def test_smollm2_has_its_tokens_and_its_template(smollm2: tuple[Source, Model]) -> None:
-    tokenizer = load.load_tokenizer(*smollm2)
+    tokenizer = inputs.load_tokenizer(*smollm2)
     tokens = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
     assert tokens == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
     assert tokenizer.model_max_length == 8192
@@ -191,7 +191,7 @@ def test_smollm2_has_its_tokens_and_its_template(smollm2: tuple[Source, Model]) 
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2: tuple[Source, Model]) -> None:
-    tokenizer = load.load_tokenizer(*smollm2)
+    tokenizer = inputs.load_tokenizer(*smollm2)
     loaded = load.load_model(*smollm2, "causal_lm", dtype=torch.float32, tokenizer=tokenizer)
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from peftcli.errors import ConfigError, DataError
-from peftcli.models import load
+from peftcli.models import inputs, load, tasks
 from peftcli.models.load import Loaded
 from peftcli.models.source import Source, resolve
 from peftcli.settings import Format, Model, Task
@@ -135,7 +135,7 @@ def test_regression_has_one_output(folders: dict[str, Path]) -> None:
 def test_padding_does_not_change_a_decoders_class(folders: dict[str, Path], name: str) -> None:
     loaded = take(folders[name], "classification", labels=LABELS)
     pad = loaded.model.config.pad_token_id
-    assert pad == load.load_tokenizer(*source(folders[name])).pad_token_id is not None
+    assert pad == inputs.load_tokenizer(*source(folders[name])).pad_token_id is not None
     row = torch.arange(5, 12)[None]  # (1, T)
     padded = torch.cat([row, row.new_full((1, 3), pad)], 1)
     mask = (torch.arange(10) < 7).long()[None]
@@ -150,7 +150,7 @@ def source(folder: Path, **options: Any) -> tuple[Source, Model]:
 
 
 def test_the_tokenizer_pads_by_its_end_where_it_has_no_padding(folders: dict[str, Path]) -> None:
-    tokenizer = load.load_tokenizer(*source(folders["gpt2"]))
+    tokenizer = inputs.load_tokenizer(*source(folders["gpt2"]))
     assert tokenizer.pad_token == tokenizer.eos_token == "<|endoftext|>"
 
 
@@ -159,15 +159,15 @@ def test_a_template_of_ones_own_replaces_the_tokenizers(
 ) -> None:
     file = tmp_path / "chat.jinja"
     file.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
-    tokenizer = load.load_tokenizer(*source(folders["gpt2"], chat_template=str(file)))
+    tokenizer = inputs.load_tokenizer(*source(folders["gpt2"], chat_template=str(file)))
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert text == "[Hi]"
     with pytest.raises(DataError, match=r"model\.chat_template"):
-        load.load_tokenizer(*source(folders["gpt2"], chat_template=str(tmp_path / "none")))
+        inputs.load_tokenizer(*source(folders["gpt2"], chat_template=str(tmp_path / "none")))
 
 
 def test_a_tokenizer_may_come_from_another_folder(folders: dict[str, Path]) -> None:
-    tokenizer = load.load_tokenizer(*source(folders["llama"], tokenizer=str(folders["t5"])))
+    tokenizer = inputs.load_tokenizer(*source(folders["llama"], tokenizer=str(folders["t5"])))
     assert tokenizer.eos_token == "</s>"
 
 
@@ -192,12 +192,12 @@ def test_the_task_follows_the_data_and_the_architecture(
     folders: dict[str, Path], name: str, format: Format, task: Task
 ) -> None:
     files, cfg = source(folders[name])
-    assert load.infer_task(cfg, load.load_config(files, cfg), format) == task
+    assert tasks.infer_task(cfg, load.load_config(files, cfg), format) == task
 
 
 def test_a_task_that_is_named_wins(folders: dict[str, Path]) -> None:
     files, cfg = source(folders["llama"], task="regression")
-    assert load.infer_task(cfg, load.load_config(files, cfg), "chat") == "regression"
+    assert tasks.infer_task(cfg, load.load_config(files, cfg), "chat") == "regression"
 
 
 @pytest.mark.parametrize(
@@ -293,15 +293,15 @@ def test_images_become_pixels_by_path_content_or_object(
     image.save(tmp_path / "white.png")
     content = io.BytesIO()
     image.save(content, "PNG")
-    processor = load.load_image_processor(*source(folders["vit"]))
-    pixels = load.pixels(processor, [tmp_path / "white.png", content.getvalue(), image])
+    processor = inputs.load_image_processor(*source(folders["vit"]))
+    pixels = inputs.pixels(processor, [tmp_path / "white.png", content.getvalue(), image])
     assert pixels.shape == (3, 3, 16, 16)
     torch.testing.assert_close(pixels, torch.ones(3, 3, 16, 16))  # white is 1 in [-1, 1]
 
 
 def test_a_folder_without_an_image_processor_says_so(folders: dict[str, Path]) -> None:
     with pytest.raises(DataError, match="no image processor"):
-        load.load_image_processor(*source(folders["bert"]))
+        inputs.load_image_processor(*source(folders["bert"]))
 
 
 def test_minilm_puts_like_sentences_together(tmp_path: Path) -> None:
@@ -310,16 +310,16 @@ def test_minilm_puts_like_sentences_together(tmp_path: Path) -> None:
         files = resolve(cfg, tmp_path)
     except DataError as error:
         pytest.skip(str(error))
-    tokenizer = load.load_tokenizer(files, cfg)
+    tokenizer = inputs.load_tokenizer(files, cfg)
     loaded = load.load_model(
         files, cfg, "classification", dtype=torch.float32, labels=LABELS, tokenizer=tokenizer
     )
     assert loaded.new_modules == ("classifier",)
     texts = ["A man plays the guitar.", "Someone makes music on a guitar.", "Rates rose again."]
-    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    rows = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
-        states = loaded.model.get_submodule("bert")(**inputs).last_hidden_state  # (3, T, D)
-    mask = torch.as_tensor(inputs["attention_mask"])[..., None]
+        states = loaded.model.get_submodule("bert")(**rows).last_hidden_state  # (3, T, D)
+    mask = torch.as_tensor(rows["attention_mask"])[..., None]
     means = nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)  # (3, D)
     assert means[0] @ means[1] > 0.7 > 0.3 > means[0] @ means[2]
 

@@ -102,6 +102,32 @@ def test_another_configuration_in_the_same_folder_is_refused_with_the_difference
     assert (tmp_path / "run" / "previous" / "1" / "result.json").exists()
 
 
+def test_a_run_imports_neither_other_adapters_nor_a_compiler_nor_figures(
+    tiny_run: list[str], cache: Path, tmp_path: Path
+) -> None:
+    """Each takes seconds of every start; LoRA on a plain model needs none."""
+    heavy = ("peft", "bitsandbytes", "deepspeed", "datasets", "pandas")
+    heavy += (
+        "torch._inductor.lowering",
+        "pyarrow",
+        "matplotlib",
+        "scipy",
+        "sklearn",
+        "wandb",
+        "optuna",
+        "torchmetrics",
+    )
+    code = (
+        "import sys; from peftcli.cli import main; code = main(sys.argv[1:]);"
+        f"sys.exit(code or ' '.join(m for m in {heavy} if m in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, *tiny_run, "trainer.max_steps=1"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(cache), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def start(words: list[str], cache: Path, cwd: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "peftcli", *words]
     return subprocess.Popen(
