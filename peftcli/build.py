@@ -24,12 +24,15 @@ from peftcli.errors import ConfigError
 from peftcli.kernels import choice
 from peftcli.models import attention, compiled, inputs, load, tasks
 from peftcli.models.head import direct_head
+from peftcli.models.positions import refuse_long_rows
 from peftcli.models.source import Source, cache_dir, resolve
 from peftcli.settings import Run, Task
 from peftcli.train import device, streams
 from peftcli.train.estimate import Estimate
 from peftcli.train.evaluate import answer_freely, evaluate
 from peftcli.train.preview import Preview
+
+LABELLED = ("classification", "image_classification")  # heads have the classes of the data
 
 
 @dataclass
@@ -70,7 +73,8 @@ def build(
     run: Run, *, with_data: bool = True, dequantised: bool = False, sharding: bool = False
 ) -> Parts:
     """Load what `run` names, without its method: the base model on its device, the data, and how
-    rows are laid out. `dequantised`: weights as `run.quantization` rounds them, in plain linears.
+    rows are laid out. Without `with_data` data are read only where the model's shape goes by them.
+    `dequantised`: weights as `run.quantization` rounds them, in plain linears.
     `sharding`: the model stays in the memory of the CPU until it is cut up.
     """
     if run.quantization.name != "none" and not run.method.on_quantised:
@@ -92,7 +96,7 @@ def build(
     tokenizer = None if images else inputs.load_tokenizer(source, run.model)
     processor = inputs.load_image_processor(source, run.model) if images else None
     data = None
-    if with_data:
+    if with_data or task in LABELLED:
         data = prepare(run.dataset, task, tokenizer, cache_dir=cache_dir() / "data")
     dtype = _weights_dtype(run, autocast)
     with streams.stream(run.seed, "head"):  # a fresh head is drawn from the run's own seed
@@ -159,7 +163,7 @@ def _weights_dtype(run: Run, autocast: torch.dtype | None) -> torch.dtype:
 
 def _classes(task: Task, data: Data | None) -> tuple[str, ...] | None:
     """Names of the classes that a head tells apart; None for the other tasks."""
-    return data.labels if data and task in ("classification", "image_classification") else None
+    return data.labels if data and task in LABELLED else None
 
 
 def _choose_packing(run: Run, task: Task, model: nn.Module) -> tuple[bool, str | None]:
@@ -186,6 +190,8 @@ def adapt(parts: Parts) -> None:
     host.ranks = parts.strategy.ranks
     with streams.stream(parts.run.seed, "init"):
         host.add(parts.run.method, data=preview(parts))
+    if parts.data is not None and parts.task != "seq2seq":  # there of source and target together
+        refuse_long_rows(host, parts.data.stats)
     if parts.run.trainer.compile:
         compiled.compile_blocks(host.model, host.layout, cache_dir() / "compiled")
     parts.model.train(was_training)

@@ -61,30 +61,44 @@ def count(run: Run, host: Host, task: Task, quiet: bool = False) -> dict[str, An
     """What would train on a model that is known by its dimensions alone, on the screen and as
     plain data.
     """
-    trained, total = host.num_parameters()
-    roles = by_role(host)
+    total, about = host.num_parameters()[1], run.method.num_chosen
+    if about is None:
+        found, counts = _counted(host)
+    else:
+        found = {"trained": f"about {about:,} parameters; the task's data choose which"}
+        counts = {"trained_parameters_about": about, "all_parameters": total}
     found = {
         "model": f"{run.model.architecture['model_type']} by its dimensions,"
         f" {total - _added(host):,} parameters",
         "task": task,
         "method": f"{type(run.method).__name__} {_options(run.method)}".strip(),
-        "sites": _sites(host),
-        "trained": f"{trained:,} parameters, {trained / total:.4%} of all",
-        "by role": _shown(roles),
-        "published": f"{size(adapter.num_bytes(host, 'default'))}",
+        **found,
         "left out": LEFT_OUT.format(run.model.name_or_path),
     }
     if not quiet:
         facts("model", found)
+    return {"model": found, "counts": counts}
+
+
+def _counted(host: Host) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What trains on an adapted model, in words and in numbers."""
+    trained, total = host.num_parameters()
+    roles, published = by_role(host), adapter.num_bytes(host, "default")
+    found = {
+        "sites": _sites(host),
+        "trained": f"{trained:,} parameters, {trained / total:.4%} of all",
+        "by role": _shown(roles),
+        "published": size(published),
+    }
     counts = {
         "trained_parameters": trained,
         "all_parameters": total,
         "share": trained / total,
         "trained_by_role": roles,
         "sites": len(host.sites["default"]),
-        "published_bytes": adapter.num_bytes(host, "default"),
+        "published_bytes": published,
     }
-    return {"model": found, "counts": counts}
+    return found, counts
 
 
 def by_role(host: Host) -> dict[str, int]:

@@ -56,7 +56,12 @@ def _about_traits(card: Card) -> Table:
         if has.pre_pass
         else ("pre-pass", "none"),
         ("published as", "an adapter in our own format" if own else has.exports),
-        ("cost", f"peft-train check model=llama2_7b method={card.choice}    counts it exactly"),
+        (
+            "cost",
+            f"peft-train check model=llama2_7b method={card.choice}    counts it exactly"
+            if has.counted
+            else "as many numbers as the task's data choose; peft-train check counts them then",
+        ),
     ]
     return table("", "", rows=rows, title="goes with")
 

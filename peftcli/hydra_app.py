@@ -26,6 +26,7 @@ from hydra.core.default_element import GroupDefault, ResultDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.core.utils import run_job, setup_globals
 from hydra.plugins.completion_plugin import CompletionPlugin
@@ -199,6 +200,14 @@ def normalised(overrides: Sequence[str], config_dirs: Sequence[Path]) -> list[st
                 line = f"++{line}"
         result.append(line)
     return result
+
+
+def put_over(cfg: DictConfig, values: Sequence[Override]) -> None:
+    """Set keys of a composed configuration, which then is as if it was composed with them, but for
+    `hydra.job.override_dirname`.
+    """
+    ConfigLoaderImpl._apply_overrides_to_config(list(values), cfg)
+    cfg.hydra.overrides.task.extend([o.input_line for o in values])
 
 
 def own_part(cfg: DictConfig) -> DictConfig:

@@ -183,8 +183,9 @@ def check(run: Run, cfg: DictConfig, *, as_json: bool = False) -> int:
 def count(run: Run, *, as_json: bool = False) -> int:
     """What would train on a model without weights, built from `model.architecture`."""
     host, task = empty_host(run)
-    with streams.stream(run.seed, "init"):
-        host.add(run.method)
+    if run.method.num_chosen is None:
+        with streams.stream(run.seed, "init"):
+            host.add(run.method)
     found = describe.count(run, host, task, quiet=as_json)
     if as_json:
         print(json.dumps(found, indent=2))

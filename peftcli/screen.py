@@ -80,13 +80,14 @@ def facts(title: str, rows: Mapping[str, Any]) -> None:
 
 
 def grid(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table with a header; numbers to the right."""
+    """A table with a header; columns of numbers to the right."""
     table = Table(
         title=title, title_justify="left", header_style="dim", box=None, padding=(0, 2, 0, 0)
     )
     table.title_style = "bold cyan"
     for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right")
+        numbers = any(isinstance(row[i], int | float) for row in rows)
+        table.add_column(name, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*(Text(number(v)) for v in row))
         log.info("%s: %s", title, "  ".join(number(v) for v in row))

@@ -296,6 +296,9 @@ class Sweep:
     )  # swept keys whose values are tuned apart, with equal budgets
     tuning_seeds: tuple[int, ...] = ()  # a setting counts by its mean over these
     test_seeds: tuple[int, ...] = ()  # the best setting is run on these, and reported
+    report_on: dict[str, Any] = field(
+        default_factory=dict
+    )  # keys of runs on test seeds: other data
     seed_order: Literal["all", "rungs", "race"] = (
         "all"  # rungs: 1 seed, 3 for the better half, 5 for its; race: until 2 errors behind
     )

@@ -26,6 +26,7 @@ class Traits:
     quantisable: bool
     pre_pass: bool
     exports: str  # a type of Hugging Face peft, `model`, or `own`
+    counted: bool  # a model's dimensions alone say how many numbers train
 
 
 @cache
@@ -37,11 +38,12 @@ def traits(target: str) -> Traits:
     whole = class_value(target, "publishes_model")
     return Traits(
         kind,
-        class_value(target, "modalities") or (("text",) if kind == "prompt" else ("text", "image")),
+        class_value(target, "modalities") or (),
         folds(target),
         class_value(target, "on_quantised") is not False,
         looks_at_data(target),
         "model" if whole else f"peft {theirs}".strip() if theirs or bridge else "own",
+        not _defines(target, "num_chosen"),
     )
 
 
@@ -57,10 +59,10 @@ def family(target: str) -> str:
 
 
 def folds(target: str) -> bool:
-    """Whether the method's equation says how it folds into a weight; what trains the base's own
-    weights has nothing to fold.
+    """Whether the method's equation says how it folds into a weight, or the method how it folds
+    into the model; what trains the base's own weights has nothing to fold.
     """
-    if family(target) == "selective":
+    if family(target) == "selective" or _defines(target, "before_merge"):
         return True
     return any(map(_has_folding_delta, files_of(target)))
 
@@ -83,11 +85,27 @@ def _defines_merged(line: tuple[Class, ...]) -> bool:
     return not all(isinstance(statement, ast.Expr | ast.Raise) for statement in body)
 
 
+def _defines(target: str, name: str) -> bool:
+    """Whether a method has a function of its own in place of `Method`'s."""
+    return any(name in cls.methods for cls in ancestry(target) if cls.name != "Method")
+
+
 def looks_at_data(target: str) -> bool:
     """Whether the method, with some of its options, looks at the task before it trains."""
-    return any(map(_has_pre_pass, files_of(target)))
+    return any(map(_has_pre_pass, files_of(target))) and _takes_data(target)
 
 
 @cache
 def _has_pre_pass(file: Source) -> bool:
     return _PRE_PASS.search(file.text) is not None
+
+
+def _takes_data(target: str) -> bool:
+    """Whether the method's `setup` does more with the data than hand them to its base's."""
+    for cls in (c for c in ancestry(target) if "setup" in c.methods):
+        nodes = [node for statement in cls.method("setup") for node in ast.walk(statement)]
+        uses = sum(isinstance(node, ast.Name) and node.id == "data" for node in nodes)
+        handed_on = cls.methods["setup"].count("super().setup(host, data)")
+        if uses > handed_on or not handed_on:
+            return uses > handed_on
+    return False

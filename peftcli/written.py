@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from peftcli import folders, settings
 
 ADDED_GROUPS = ("launch",)  # later than the first version
+PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")  # text that needs no quotes in an override
 
 
 def filled(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,6 +64,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inside = isinstance(value, Mapping) and value
         found |= flat(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
     return found
+
+
+def override(key: str, value: Any) -> str:
+    """The word of a command line that sets a key."""
+    return f"{key}={_typed(value)}"
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, str):
+        return value if PLAIN.fullmatch(value) else json.dumps(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_typed(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def digest(value: Any) -> str:

@@ -21,6 +21,7 @@ class Delta(nn.Module):
     """
 
     hf_keys: ClassVar[dict[str, str]] = {}
+    takes_positions: int = 0  # of a row, for tokens of its own
 
     def forward(self, x: Any, layer: Layer) -> Any:
         """The site's output for the input `x`; at the model site `x` is the batch, a dict by

@@ -4,7 +4,6 @@ and how all of it is frozen, merged, saved and loaded.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftcli.core import merge, weights
+from peftcli.core import merge, state, weights
 from peftcli.core.delta import Delta
 from peftcli.core.graft import (
     SHARED,
@@ -32,9 +31,10 @@ from peftcli.core.method import Method
 from peftcli.core.rows import RowsDelta
 from peftcli.core.scores import Calibration
 from peftcli.core.shares import Share
-from peftcli.core.site import Site, Sublayer, find_places, find_sites, find_sublayers
+from peftcli.core.site import Site, find_places, find_sites
+from peftcli.core.sublayer import Sublayer, find_sublayers
 from peftcli.dist.ranks import Ranks
-from peftcli.errors import ConfigError, DataError, did_you_mean
+from peftcli.errors import ConfigError, did_you_mean
 from peftcli.models.files import read_weight
 from peftcli.models.roles import layout
 
@@ -79,12 +79,25 @@ class Host:
         self.building = name
         try:
             method.setup(self, data)
+            if data is not None:  # a file of peft's may hold patterns of no effect
+                self._refuse_idle_patterns(method)
             for module in method.modules_to_save:
                 for path in self._modules_named(module):
                     self.train_module(path)
         except ConfigError:
             self.remove(name)
             raise
+
+    def _refuse_idle_patterns(self, method: Method) -> None:
+        for field in method.patterns:
+            sites = find_sites(self.model, self.layout, vars(method)["target_modules"])[0]
+            for pattern in vars(method)[field]:
+                if not any(site.fits(pattern) for site in sites):
+                    names = sorted({site.role or site.path for site in sites})
+                    raise ConfigError(
+                        f"method.{field}: {pattern!r} means none of method.target_modules, which "
+                        f"are {', '.join(names)}.{did_you_mean(pattern, names)}"
+                    )
 
     def _modules_named(self, name: str) -> list[str]:
         """Paths of the modules with this path or last name."""
@@ -130,6 +143,7 @@ class Host:
         """The sub-layers (`attn`, `cross`, `ffn`) outside the blocks `leave_out`, with their
         residuals and norms; remembers how many.
         """
+        self.refuse_layers(leave_out)
         found = [
             sub
             for sub in find_sublayers(self.model, self.layout)
@@ -137,6 +151,15 @@ class Host:
         ]
         self.matched[self.building] |= Counter(sub.kind for sub in found)
         return found
+
+    def refuse_layers(self, leave_out: Sequence[int]) -> None:
+        """Raise `ConfigError` where a layer that is to be left out is none of the model's."""
+        there = {self.layout.block_of(block) for block in self.layout.blocks}
+        if wrong := sorted(set(leave_out) - there):
+            raise ConfigError(
+                f"method.leave_out={wrong}: {type(self.model).__name__} has no such layers; they "
+                f"count from 0 to {max(filter(None, there), default=0)}."
+            )
 
     def share(self, module: nn.Module, training: bool = False) -> nn.Module:
         """Keep parameters or buffers that several deltas of the adapter that is being set up use.
@@ -352,62 +375,28 @@ class Host:
 
     def _state(self) -> dict[str, Tensor]:
         """The state as it lies in the model."""
-        names = {n for n in self.model.state_dict() if is_own(n)}
-        names |= self._selected.keys()
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        return {n: tensors[n].detach() for n in sorted(names) if n in tensors}
+        return state.of_model(self.model, self._selected)
 
     def digest(self) -> str:
         """A hash of what no file of the base holds: the adapters' tensors, and modules that are
         trained whole.
         """
-        found, whole = hashlib.sha256(), tuple(f"{path}." for path in self.saved_modules)
-        for name, tensor in self.named_state():
-            if not (is_own(name) or name.startswith(whole)):
-                continue
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+        whole = tuple(f"{path}." for path in self.saved_modules)
+        return state.digest(
+            (n, t) for n, t in self.named_state() if is_own(n) or n.startswith(whole)
+        )
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """What a file holds of one adapter: its part of the state, under names without `name`, and
         the selected weights.
         """
-        tensors = {}
-        for full, tensor in self._state().items():
-            parts = full.split(".")
-            if is_own(full):
-                at = next(i for i, part in enumerate(parts) if part in ("deltas", SHARED)) + 1
-                if parts[at] != name:
-                    continue
-                del parts[at]
-            tensors[".".join(parts)] = tensor
-        return tensors
+        return state.of_adapter(self._state(), name)
 
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the model; names and shapes must be exactly those of `state()`."""
-        own = self._state()
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or extra:
-            raise DataError(
-                f"the saved state does not fit this model and method: {len(missing)} tensors "
-                f"missing {missing[:3]}, {len(extra)} not expected {extra[:3]}"
-            )
-        for name, tensor in own.items():
-            share, saved = self.shares.get(name), state[name]
-            shape = share.shape if share else tensor.shape
-            if shape != saved.shape:
-                raise DataError(
-                    f"{name}: saved with shape {tuple(saved.shape)}, here {tuple(shape)}"
-                )
-            if share:
-                share.own.copy_(share.part(saved))
-            else:
-                tensor.copy_(saved)
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
+        """Copy `saved` into the model; names and shapes must be exactly those of `state()`."""
+        state.fill(self._state(), saved, self.shares)
 
     # -- merging -----------------------------------------------------------------------------------
-    @torch.no_grad()
     def merge(self) -> None:
         """Fold the active deltas into the weights. The folded modules' weights are kept aside, so
         that `unmerge` is exact.
@@ -415,28 +404,12 @@ class Host:
         Raises `ConfigError` where an equation does not fold, or where the weight is shared with
         another module.
         """
-        folded = merge.folded(self.model)
-        self._unmerged = {}
-        for path, (W, b) in folded.items():
-            module = self.model.get_submodule(path)
-            bias = getattr(module, "bias", None)
-            self._unmerged[path] = (
-                weights.weight_of(module).clone(),
-                None if bias is None else bias.clone(),
-            )
-            weights.write(module, W, b)
+        self._unmerged = merge.write(self.model)
         self.activate()
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Put back the weights that `merge` kept aside and switch every adapter on."""
-        for path, (W, b) in self._unmerged.items():
-            module = self.model.get_submodule(path)
-            weights.weight_of(module).copy_(W)
-            if b is not None:
-                module.get_parameter("bias").copy_(b)
-            elif getattr(module, "bias", None) is not None:
-                module.register_parameter("bias", None)
+        merge.restore(self.model, self._unmerged)
         self._unmerged = {}
         self.activate(*self.adapters)
 

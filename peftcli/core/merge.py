@@ -44,8 +44,8 @@ def folded(model: nn.Module) -> Weights:
             )
         if not hasattr(module, "weight"):
             raise ConfigError(
-                f"{path}: what sits on a whole {type(module).__name__} does not fold into a "
-                f"weight; {APART}"
+                f"{path or 'the model'}: what sits on a whole {type(module).__name__} does not "
+                f"fold into a weight; {APART}"
             )
         layer = fold(Bare(module, bare_class(module)), module)
         try:
@@ -55,6 +55,32 @@ def folded(model: nn.Module) -> Weights:
         _refuse_shared(holders, path, module)
     _pass_on_shifts(model, found)
     return found
+
+
+@torch.no_grad()
+def write(model: nn.Module) -> Weights:
+    """Fold the active deltas into the weights; returns what these were, as they are stored. Raises
+    as `folded` does.
+    """
+    kept: Weights = {}
+    for path, (W, b) in folded(model).items():
+        module = model.get_submodule(path)
+        bias = getattr(module, "bias", None)
+        kept[path] = (weights.weight_of(module).clone(), None if bias is None else bias.clone())
+        weights.write(module, W, b)
+    return kept
+
+
+@torch.no_grad()
+def restore(model: nn.Module, kept: Weights) -> None:
+    """Put back the weights that `write` gave."""
+    for path, (W, b) in kept.items():
+        module = model.get_submodule(path)
+        weights.weight_of(module).copy_(W)
+        if b is not None:
+            module.get_parameter("bias").copy_(b)
+        elif getattr(module, "bias", None) is not None:
+            module.register_parameter("bias", None)
 
 
 def _holders(model: nn.Module) -> dict[Any, dict[nn.Module, str]]:

@@ -63,6 +63,7 @@ class Method:
     """
 
     family: ClassVar[str] = ""
+    modalities: ClassVar[tuple[str, ...]] = ("text", "image")  # kinds of data that it trains on
     peft_type: ClassVar[str | None] = None  # name in Hugging Face peft, where it has the method
     hf_fields: ClassVar[Mapping[str, str]] = {}  # our field: peft's field
     hf_harmless: ClassVar[frozenset[str]] = (
@@ -80,10 +81,18 @@ class Method:
     fills_mask: ClassVar[bool] = False  # answers classes by words, through a masked-language head
     on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
     size_option: ClassVar[str | None] = None  # the field by which more or fewer numbers train
+    patterns: ClassVar[tuple[str, ...]] = ()  # fields whose keys mean some of `target_modules`
 
     modules_to_save: tuple[
         str, ...
     ] = ()  # modules trained whole beside the method; fresh heads always are
+
+    @property
+    def num_chosen(self) -> int | None:
+        """About how many numbers train, where the task's data choose which; None where a model's
+        dimensions alone say how many.
+        """
+        return None
 
     def build(self, site: Site) -> Delta | None:
         """The delta of one site, or None to leave it alone."""
@@ -115,16 +124,20 @@ class Method:
         """The parts of the training, in order."""
         return (Stage(),)
 
-    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Optimizer groups: matrices decay, biases, norms and scales (fewer than two dimensions) do
-        not.
+    def decaying(self, host: Host) -> set[nn.Parameter]:
+        """What weight decay pulls to zero: matrices, not biases, norms and scales (fewer than two
+        dimensions).
         """
-        trained = host.trained().values()
+        return {p for p in host.trained().values() if p.ndim >= 2}
+
+    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups: what decays, and the rest."""
+        decaying, trained = self.decaying(host), host.trained().values()
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "lr": lr, "weight_decay": 0.0},
+            {"params": [p for p in trained if p in decaying], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p not in decaying], "weight_decay": 0.0},
         ]
-        return [g for g in groups if g["params"]]
+        return [{**group, "lr": lr} for group in groups if group["params"]]
 
     def before_step(self, host: Host, t: Step) -> None:
         """Before the forward pass of step `t`."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcli.core import weights
 from peftcli.core.graft import is_own
 from peftcli.errors import ConfigError, nearest
-from peftcli.models.roles import Layout, is_cross, residual_of
+from peftcli.models.roles import Layout
 
 Rows = tuple[tuple[int, int], ...]
 
@@ -54,10 +54,16 @@ class Site:
         """
         if self.name in patterns:
             return patterns[self.name]
-        for pattern, value in patterns.items():
-            if pattern == self.role or re.fullmatch(rf"(.*\.)?({pattern})", self.path):
-                return value
-        return default
+        return next((value for p, value in patterns.items() if self.fits(p)), default)
+
+    def fits(self, pattern: str) -> bool:
+        """Whether the pattern is this site's name or role, or a regular expression for the end of
+        its path.
+        """
+        if pattern in (self.name, self.role):
+            return True
+        wanted = expression("method", pattern).pattern
+        return re.fullmatch(rf"(.*\.)?({wanted})", self.path) is not None
 
     @property
     def name(self) -> str:
@@ -103,118 +109,26 @@ def find_places(model: nn.Module, layout: Layout, kind: str) -> list[Site]:
     """
     modules = dict(model.named_modules())
     paths = [p for p, role in layout.names.items() if role == kind]
-    inner = {p for p in paths if kind != "norm" and any(_inside(p, q) for q in paths)}
+    inner = {p for p in paths if kind != "norm" and any(lies_in(p, q) for q in paths)}
     sites = []
     for path in (p for p in paths if p not in inner):
         module = modules[path]
         if kind == "norm" and getattr(module, "weight", None) is None:
             continue
-        width = weights.shape(module)[0] if kind == "norm" else _width(path, modules, layout)
+        width = weights.shape(module)[0] if kind == "norm" else width_of(path, modules, layout)
         tower = (path, module, kind, width, width, kind, layout.block_of(path))
         sites.append(Site(*tower))
     return sites
 
 
-@dataclass(frozen=True)
-class Sublayer:
-    """An attention or feed-forward sub-layer, with its raw output u and its residual r."""
-
-    kind: str  # attn | cross | ffn
-    start: Site  # sees the sub-layer's input first
-    end: Site  # gives u
-    norm: Site | None  # post-norm models: sees u + r
-    stream: Site | None  # others: gives u + r; None in the middle of a block
-    entry: Site | None  # others: the norm that sees r; None where it cannot be told
-
-
-def find_sublayers(model: nn.Module, layout: Layout) -> list[Sublayer]:
-    """Every sub-layer of every block, in the model's order.
-
-    The output u is that of the last linear, before the base's dropout; where a feed-forward part
-    has several such (experts), that of the whole part.
-    """
-    modules = dict(model.named_modules())
-
-    def place(path: str, kind: str) -> Site:
-        width = _width(path, modules, layout)
-        return Site(path, modules[path], kind, width, width, kind, layout.block_of(path))
-
-    found = []
-    for block in layout.blocks:
-        style = residual_of(model, block)
-        ends = _ends_of(block, layout)
-        norms = [p for p, role in layout.names.items() if role == "norm" and _inside(p, block)]
-        if style == "post" and len(norms) != len(ends):
-            continue
-        entries = [None] * len(ends) if style == "post" else _entries(norms, ends, layout)
-        for i, (path, kind) in enumerate(ends):
-            whole = layout.names[path] == "mlp"
-            end = place(path, "mlp") if whole else _site(path, modules[path], layout)
-            norm = place(norms[i], "norm") if style == "post" else None
-            around = _wrapper(path, block, layout) or (block if kind == "ffn" else None)
-            stream = place(around, "residual") if around and style == "pre" else None
-            if style == "parallel" and kind == "ffn":  # the residual is the attention's
-                stream = end
-            first = _start_of(path, kind, block, layout)
-            linear = layout.names[first] not in ("mlp", "attention")
-            start = _site(first, modules[first], layout) if linear else place(first, kind)
-            into = entries[i]
-            entry = None if into is None else place(into, "norm")
-            found.append(Sublayer(kind, start, end, norm, stream, entry))
-    return found
-
-
-def _ends_of(block: str, layout: Layout) -> list[tuple[str, str]]:
-    """(path, kind) of what gives each sub-layer's output."""
-    inside = {p: role for p, role in layout.names.items() if _inside(p, block)}
-    down = [p for p, role in inside.items() if role == "down"]
-    mlps = [p for p, role in inside.items() if role == "mlp"]
-    ffn = down if len(down) == 1 else [p for p in mlps if not any(_inside(p, q) for q in mlps)]
-    kinds = {p: "cross" if is_cross(p) else "attn" for p, role in inside.items() if role == "o"}
-    kinds |= dict.fromkeys(ffn, "ffn")
-    return [(p, kinds[p]) for p in inside if p in kinds]
-
-
-def _start_of(end: str, kind: str, block: str, layout: Layout) -> str:
-    """The whole attention or feed-forward module around `end`; else the block's first linear up."""
-    role = "mlp" if kind == "ffn" else "attention"
-    inside = {p: r for p, r in layout.names.items() if _inside(p, block)}
-    around = [p for p, r in inside.items() if r == role and (p == end or _inside(end, p))]
-    return next(iter(around or [p for p, r in inside.items() if r in ("up", "gate", "gate_up")]))
-
-
-def _entries(norms: list[str], ends: list[tuple[str, str]], layout: Layout) -> list[str | None]:
-    """The norm before each sub-layer, where there is one for each or one for all. A norm that does
-    not say that it is a cross-attention's is not taken for one.
-    """
-    parts = [p for p, role in layout.names.items() if role in ("attention", "mlp")]
-    outer: list[str | None] = [n for n in norms if not any(_inside(n, part) for part in parts)]
-    outer = outer * len(ends) if len(outer) == 1 else outer
-    odd = any(
-        kind == "cross" and n.rpartition(".")[0] not in path and not re.search("cross|encoder", n)
-        for n, (path, kind) in zip(outer, ends, strict=False)
-        if n is not None
-    )
-    return [None] * len(ends) if odd or len(outer) != len(ends) else outer
-
-
-def _wrapper(path: str, block: str, layout: Layout) -> str | None:
-    """T5's module around one sub-layer, with its norm and its sum."""
-    inner = path
-    while _inside(inner := inner.rpartition(".")[0], block):
-        norms = [p for p, role in layout.names.items() if role == "norm"]
-        if inner not in layout.names and any(p.rpartition(".")[0] == inner for p in norms):
-            return inner
-    return None
-
-
-def _inside(path: str, other: str) -> bool:
+def lies_in(path: str, other: str) -> bool:
+    """Whether the module `path` is inside of `other`."""
     return path != other and path.startswith(other + ".")
 
 
-def _width(path: str, modules: Mapping[str, nn.Module], layout: Layout) -> int:
+def width_of(path: str, modules: Mapping[str, nn.Module], layout: Layout) -> int:
     """Features of what a place gives: those of its last o or down, else the model's hidden size."""
-    ends = [p for p, role in layout.names.items() if role in ("o", "down") and _inside(p, path)]
+    ends = [p for p, role in layout.names.items() if role in ("o", "down") and lies_in(p, path)]
     if path and ends:
         return weights.shape(modules[ends[-1]])[0]
     config: Any = cast(Any, modules[""]).config
@@ -243,42 +157,47 @@ def _match(model: nn.Module, layout: Layout, entry: str) -> Iterator[Site]:
     if entry == "all-linear":
         for path, module in modules:
             if layout.block_of(path) is not None and weights.kind_of(module) != "embedding":
-                yield _site(path, module, layout)
+                yield make_site(path, module, layout)
         return
     if entry == "backbone":
         for path, module in modules:
             is_head = layout.role_of(path) in ("head", "classifier", "pooler")
             if weights.kind_of(module) != "embedding" and not is_head:
-                yield _site(path, module, layout)
+                yield make_site(path, module, layout)
         return
     by_role = [
         (p, m, rows) for p, m in modules for r, rows in layout.roles_of(p).items() if r == entry
     ]
     if by_role:
         for path, module, rows in by_role:
-            yield _site(path, module, layout, entry, rows)
+            yield make_site(path, module, layout, entry, rows)
         return
     named = [(p, m) for p, m in modules if p == entry or p.endswith("." + entry)]
     for path, module in named or _full_matches(entry, modules):
-        yield _site(path, module, layout)
+        yield make_site(path, module, layout)
 
 
 def _full_matches(
     pattern: str, modules: list[tuple[str, nn.Module]]
 ) -> list[tuple[str, nn.Module]]:
+    found = expression("method.target_modules", pattern)
+    return [(p, m) for p, m in modules if found.fullmatch(p)]
+
+
+def expression(key: str, pattern: str) -> re.Pattern[str]:
+    """The regular expression that is written under a key. Raises `ConfigError` where it is none."""
     try:
-        expression = re.compile(pattern)
+        return re.compile(pattern)
     except re.error as e:
         raise ConfigError(
-            f"method.target_modules={pattern!r} is neither a role nor a module's name, nor a "
-            f"regular expression: {e}."
+            f"{key}: {pattern!r} is no name and no regular expression: {e}."
         ) from None
-    return [(p, m) for p, m in modules if expression.fullmatch(p)]
 
 
-def _site(
+def make_site(
     path: str, module: nn.Module, layout: Layout, role: str | None = None, rows: Rows | None = None
 ) -> Site:
+    """The site of a module with a weight matrix; its role, where it has just one, is looked up."""
     d_out, d_in = weights.shape(module)
     if role is None:
         roles = layout.roles_of(path)

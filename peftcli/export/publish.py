@@ -72,9 +72,9 @@ def _save_tokenizer(parts: Parts, folder: Path) -> None:
 
 
 def merge(parts: Parts, folder: Path) -> None:
-    """Fold the adapter into the weights, in float32, and save the plain model."""
-    if not parts.host.adapters:
-        raise ConfigError("--to merged needs an adapter: give a run folder.")
+    """Fold the adapter, if the run's model was not published whole, into the weights, in float32,
+    and save the plain model.
+    """
     fold(parts.host)
     save_model(parts, folder)
 

@@ -8,10 +8,11 @@ can come back. Every step scores the triplets (A_i, E_i, B_i) of all sites by sm
 a budget that falls cubically from r0 to `target_r` a site says how many keep their E.
 
 The optimizer's moments of a pruned E stay, so E leaves zero and is pruned again, as in the official
-code. Two departures: the averages are part of the state, so that a run resumes exactly (peft drops
-them); a budget that prunes nothing is skipped, where both codes raise. Step `T - tfinal` always
-prunes (peft; the official code only where `deltaT` divides it), and the following steps prune by
-the scores of then.
+code. Three departures: the averages are part of the state, so that a run resumes exactly (peft
+drops them); a budget that prunes nothing is skipped, where both codes raise; E never decays, where
+the official recipes that have weight decay (MRPC, RTE) do not set it apart. Step `T - tfinal`
+always prunes (peft; the official code only where `deltaT` divides it), and the following steps
+prune by the scores of then.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from peftcli.core.method import Method, Step
 from peftcli.core.rows import RowsDelta
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
-from peftcli.methods.lora import LoRADelta, LowRank
+from peftcli.methods.lora import LoRADelta
+from peftcli.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -162,6 +164,10 @@ class AdaLoRA(Method):
         if t > end:
             return last
         return int(last + (first - last) * (1 - (t - self.tinit) / (end - self.tinit)) ** 3)
+
+    def decaying(self, host: Host) -> set[nn.Parameter]:
+        """Not the singular values E, which are scales for all that they stand in a column."""
+        return super().decaying(host) - {delta.E for delta in self._deltas(host)}
 
     def before_step(self, host: Host, t: Step) -> None:
         """Refuse a schedule without a step to prune in."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from annotated_types import Ge
 
-from peftcli.core.site import find_sublayers
+from peftcli.core.sublayer import find_sublayers
 from peftcli.errors import ConfigError
 from peftcli.methods.bottleneck_adapter import BottleneckAdapter
 from peftcli.methods.mam import MAM

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
-from peftcli.methods.bottleneck_adapter import (
+from peftcli.methods.adapter import (
     Activation,
     AdapterDelta,
     Bottleneck,

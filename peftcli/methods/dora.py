@@ -31,8 +31,9 @@ from peftcli.core.site import Site
 from peftcli.errors import ConfigError
 from peftcli.kernels.dora_linear import dora_linear
 from peftcli.kernels.dropout import dropout
-from peftcli.methods.lora import LoRADelta, LowRank
+from peftcli.methods.lora import LoRADelta
 from peftcli.methods.lora_init import INITS
+from peftcli.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host

@@ -56,6 +56,7 @@ class FourierFT(SpectralMethod):
 
     family: ClassVar[str] = "sparse"
     size_option: ClassVar[str | None] = "n"
+    patterns: ClassVar[tuple[str, ...]] = ("n_pattern",)
     peft_type: ClassVar[str | None] = "FOURIERFT"
     hf_fields: ClassVar[Mapping[str, str]] = {
         "n": "n_frequency",

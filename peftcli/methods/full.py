@@ -8,7 +8,6 @@ the last place of a bfloat16 weight, and would be lost.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from peftcli.core.graft import is_own
 from peftcli.core.method import Method
+from peftcli.core.site import expression
 from peftcli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class Full(Method):
         named = dict(host.model.named_parameters(remove_duplicate=False))
         frozen = set()
         for pattern in self.freeze:
-            matched = {p for n, p in named.items() if re.search(pattern, n)}
+            matched = {
+                p for n, p in named.items() if expression("method.freeze", pattern).search(n)
+            }
             if not matched:
                 raise ConfigError(
                     f"method.freeze: {pattern!r} is found in no parameter's name of this model."

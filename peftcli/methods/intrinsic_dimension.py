@@ -40,7 +40,7 @@ from peftcli.core.delta import Delta, NotMergeable
 from peftcli.core.graft import is_own
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
-from peftcli.core.site import Site
+from peftcli.core.site import Site, expression
 from peftcli.errors import ConfigError
 from peftcli.kernels.hadamard import walsh
 from peftcli.train.streams import generator
@@ -244,13 +244,14 @@ class IntrinsicDimension(Method):
                 "method=intrinsic_dimension moves every weight, and weights in 4 or 8 bits cannot "
                 "be moved by little. Use quantization=none."
             )
+        moves = expression("method.filter", self.filter)
         direct = re.compile("|".join(rf"(.*\.)?{re.escape(m)}\..*" for m in self.modules_to_save))
         found = {
             name: p
             for name, p in host.model.named_parameters()
             if p.is_floating_point()
             and not (p.requires_grad or is_own(name) or direct.fullmatch(name))
-            and re.search(self.filter, name)
+            and moves.search(name)
         }
         if not found:
             raise ConfigError(f"method.filter={self.filter!r} is found in no parameter's name.")

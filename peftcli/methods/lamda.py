@@ -38,7 +38,8 @@ from peftcli.core.layer import Layer
 from peftcli.core.method import Step
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
-from peftcli.methods.lora import LoRADelta, LowRank
+from peftcli.methods.lora import LoRADelta
+from peftcli.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host

@@ -129,6 +129,7 @@ class Lycoris(Method):
 
     family: ClassVar[str] = "low-rank"
     size_option: ClassVar[str | None] = "r"
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     hf_fields: ClassVar[Mapping[str, str]] = {
         "r": "r",
         "alpha": "alpha",

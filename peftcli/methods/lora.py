@@ -15,35 +15,31 @@ et al. 2024, arXiv 2410.07170), LoRA-GA (Wang et al., NeurIPS 2024, arXiv 2407.0
 
 PiSSA's, OLoRA's and LoRA-GA's papers subtract s B0 A0 from W. Here W is not written: the delta is
 s (B A - B0 A0) with the start kept in buffers. This is the same function, and the base stays the
-original under every switch, merge and export.
+original under every switch, merge and export. Biases that train beside the factors (`bias`) do so
+in place, as in peft: they stay when the adapter is switched off.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from peftcli.core import weights
-from peftcli.core.delta import Delta, WeightDelta
-from peftcli.core.graft import deltas_of
+from peftcli.core.delta import WeightDelta
 from peftcli.core.layer import Layer
-from peftcli.core.method import Method
-from peftcli.core.rows import RowsDelta
 from peftcli.core.siblings import Siblings, families
 from peftcli.core.site import Site, find_sites
 from peftcli.errors import ConfigError
 from peftcli.kernels.lora_linear import Branch, lora_linear, lora_linears
 from peftcli.methods.lora_init import INITS, Start, prepare
+from peftcli.methods.low_rank import LowRank
+from peftcli.methods.selection import base_names, inside
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -120,100 +116,12 @@ def together(x: Tensor, members: Sequence[tuple[nn.Module, LoRADelta]]) -> tuple
 
 
 @dataclass(frozen=True)
-class LowRank(Method):
-    """What LoRA and DoRA have in common: ranks, scales, and their place in peft."""
-
-    family: ClassVar[str] = "low-rank"
-    size_option: ClassVar[str | None] = "r"
-    peft_type: ClassVar[str | None] = "LORA"
-    hf_fields: ClassVar[Mapping[str, str]] = {
-        "r": "r",
-        "alpha": "lora_alpha",
-        "dropout": "lora_dropout",
-        "use_rslora": "use_rslora",
-    }
-    hf_harmless: ClassVar[frozenset[str]] = frozenset(
-        "fan_in_fan_out init_lora_weights rank_pattern alpha_pattern megatron_core loftq_config"
-        " eva_config corda_config lora_ga_config qalora_group_size".split()
-    )
-
-    r: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    target_modules: str | tuple[str, ...] = ("q", "v")
-    use_rslora: bool = False
-    rank_pattern: dict[str, Annotated[int, Ge(0)]] = field(default_factory=dict)
-    alpha_pattern: dict[str, Annotated[float, Gt(0)]] = field(default_factory=dict)
-
-    def rank(self, site: Site) -> int:
-        """The site's rank."""
-        return int(site.pick(self.rank_pattern, self.r))
-
-    def scale(self, site: Site) -> float:
-        """s = alpha / r, or alpha / sqrt(r) for rsLoRA."""
-        alpha, r = site.pick(self.alpha_pattern, self.alpha), self.rank(site)
-        return alpha / (math.sqrt(r) if self.use_rslora else r)
-
-    def _alpha(self, scale: float, r: int) -> float:
-        return scale * (math.sqrt(r) if self.use_rslora else r)
-
-    # -- Hugging Face peft -------------------------------------------------------------------------
-    def hf_refuses(self, host: Host, name: str) -> str | None:
-        """Convolutions whose factors differ from peft's."""
-        for site in host.sites[name]:
-            dilation = getattr(site.module, "dilation", (1,))
-            if site.groups > 1 or set(dilation) != {1}:
-                return f"peft computes the grouped or dilated convolution {site.path} otherwise"
-        return None
-
-    def hf_module(self, module: nn.Module, delta: Delta) -> dict[str, Tensor]:
-        """(A, B) of the module's whole change as peft stores them; a convolution's are kernels."""
-        A, B, _ = _whole(delta)
-        if isinstance(module, nn.Embedding):
-            return {"lora_embedding_A": A, "lora_embedding_B": B}
-        if isinstance(module, _ConvNd):
-            A = A.view(A.shape[0], -1, *module.kernel_size)
-            B = B.view(*B.shape, *[1] * len(module.kernel_size))
-        return {"lora_A.weight": A, "lora_B.weight": B}
-
-    def hf_config(self, host: Host, name: str) -> dict[str, Any]:
-        """Rank and alpha of every module as exported: fused roles and starts raise ranks."""
-        paths = dict.fromkeys(site.path for site in host.sites[name])
-        modules = {path: host.model.get_submodule(path) for path in paths}
-        ranks, alphas = {}, {}
-        for path, module in modules.items():
-            A, _, scale = _whole(deltas_of(module)[name])
-            ranks[path] = A.shape[0]
-            alphas[path] = self._alpha(scale, A.shape[0])
-        r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
-        return {
-            "r": r,
-            "lora_alpha": alpha,
-            "rank_pattern": {path: n for path, n in ranks.items() if n != r},
-            "alpha_pattern": {path: n for path, n in alphas.items() if n != alpha},
-            "bias": "none",
-            "fan_in_fan_out": all(isinstance(m, Conv1D) for m in modules.values()),
-            "init_lora_weights": True,
-        }
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Ranks and alphas of single modules. Raises ValueError for factors that were saved
-        relative to a changed base.
-        """
-        init = str(config.get("init_lora_weights"))
-        if init.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
-            raise ValueError(
-                f"saved relative to a changed base (init_lora_weights={init!r}); convert it in "
-                "peft first (path_initial_model_for_weight_conversion)."
-            )
-        return {key: dict(config.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
-
-
-@dataclass(frozen=True)
 class LoRA(LowRank):
     """Low-rank adaptation of linear, convolution and embedding weights."""
 
+    hf_fields: ClassVar[Mapping[str, str]] = {**LowRank.hf_fields, "bias": "bias"}
+
+    bias: Literal["none", "all", "lora_only"] = "none"
     init: Literal[
         "default",
         "gaussian",
@@ -250,6 +158,17 @@ class LoRA(LowRank):
         """`stable_gamma`, or the papers' 16 for LoRA-GA and 128 for LoRA-One."""
         return self.stable_gamma or (128.0 if self.init == "lora_one" else 16.0)
 
+    def biases(self, host: Host, name: str) -> list[str]:
+        """The base's biases that train beside the factors of the adapter `name`."""
+        if self.bias == "none":
+            return []
+        found = [n for n in dict.fromkeys(base_names(host).values()) if n.endswith(".bias")]
+        if self.bias == "lora_only":
+            adapted = {f"{site.path}.bias" for site in host.sites[name]}
+            found = [n for n in found if n in adapted]
+        whole = set(inside(found, host.saved_modules))  # train and are saved anyway
+        return [n for n in found if n not in whole]
+
     def with_ranks(self, sites: Sequence[Site], ranks: Mapping[str, int], keep_scale: bool) -> LoRA:
         """The method with these ranks written out by site; alpha follows where s is to be kept."""
         alphas = {}
@@ -279,6 +198,10 @@ class LoRA(LowRank):
             siblings = Siblings(members, together)
             for _, delta in members:
                 delta.siblings = siblings
+        if self.bias != "none":
+            biases = self.biases(host, host.building)
+            host.matched[host.building]["biases"] = len(biases)
+            host.select(biases)
 
     def published(self, host: Host, name: str) -> LoRA:
         """With EVA's ranks written out; the other shapes follow from the fields."""
@@ -323,28 +246,25 @@ class LoRA(LowRank):
             return "the base was quantised anew (loftq_iter > 1)"
         return super().hf_refuses(host, name)
 
+    def hf_tensors(self, host: Host, name: str) -> dict[str, Tensor]:
+        """The factors, and biases, which peft finds within what it wraps around a module."""
+        adapted = {site.path for site in host.sites[name]}
+        held = super().hf_tensors(host, name)
+        for bias in self.biases(host, name):
+            path = bias.removesuffix(".bias")
+            key = f"{path}.base_layer.bias" if path in adapted else bias
+            held[key] = host.model.get_parameter(bias)
+        return held
+
+    @classmethod
+    def hf_acting(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """With `bias="all"` peft also writes its own copies of the biases of whole modules."""
+        copies = (".modules_to_save.bias", ".original_module.bias")
+        return {key: t for key, t in tensors.items() if not key.endswith(copies)}
+
     @classmethod
     def reads_hf(cls, config: Mapping[str, Any]) -> bool:
         """Everything of this type but DoRA."""
         return not config.get("use_dora")
-
-
-def _whole(delta: Delta) -> tuple[Tensor, Tensor, float]:
-    """(A, B, s) of a module's whole change. The roles of a fused linear become one pair: B is zero
-    on other rows.
-    """
-    if not isinstance(delta, RowsDelta):
-        pair = cast(LoRADelta, getattr(delta, "lora", delta))  # DoRA's is a part of it
-        return *pair.factors(), pair.scale
-    parts = [(delta.index(role), *_whole(delta.part(role))) for role in delta.parts]
-    scale, rank = parts[0][3], sum(A.shape[0] for _, A, _, _ in parts)
-    B = parts[0][2].new_zeros(delta.d_out, rank)
-    column = 0
-    for index, A, part, s in parts:
-        B[index, column : column + A.shape[0]] = part.detach() * (s / scale)
-        column += A.shape[0]
-    return torch.cat([A for _, A, _, _ in parts]), B, scale
-
-
-def _commonest(values: Iterable[float]) -> float:
-    return Counter(values).most_common(1)[0][0]

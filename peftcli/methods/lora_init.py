@@ -31,13 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.core import weights
-from peftcli.core.scores import (
-    Calibration,
-    PrincipalInputs,
-    leading,
-    mean_gradients,
-    principal_inputs,
-)
+from peftcli.core.principal import PrincipalInputs, leading, principal_inputs
+from peftcli.core.scores import Calibration, mean_gradients
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
 

@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
-from peftcli.core.site import Site, Sublayer, find_sites
+from peftcli.core.site import Site, find_sites
+from peftcli.core.sublayer import Sublayer
 from peftcli.errors import ConfigError, NotApplicable
-from peftcli.methods.bottleneck_adapter import (
+from peftcli.methods.adapter import (
     AdapterDelta,
     Bottleneck,
     LendDelta,
@@ -131,6 +132,11 @@ class ParallelAdapter(Method):
     attn_before_out_proj: bool = True
     pre_ln_input: bool = False
     leave_out: tuple[Annotated[int, Ge(0)], ...] = ()
+
+    @property
+    def starts_at_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What changes the attention starts normal."""
+        return self.ffn_init == "lora" and self.attn_kind == "none"
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """One entry for each feed-forward part and one for each attention."""

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from peftcli.core.delta import WeightDelta
 from peftcli.core.layer import Layer
 from peftcli.core.method import Method
-from peftcli.core.site import Site
+from peftcli.core.site import Site, expression
 from peftcli.errors import ConfigError, NotApplicable, nearest
 from peftcli.export.hf_peft import target_names
 from peftcli.methods.frozen_prefix import cache_prefix
@@ -264,10 +264,8 @@ class Partial(Method):
 
 
 def _matches(host: Host, pattern: str, names: list[str]) -> list[str]:
-    try:
-        found = [n for n in names if re.fullmatch(pattern, n)]
-    except re.error as e:
-        raise ConfigError(f"method.modules={pattern!r}: is no regular expression: {e}.") from None
+    wanted = expression("method.modules", pattern)
+    found = [n for n in names if wanted.fullmatch(n)]
     if not found:
         near = nearest(pattern, names)
         raise ConfigError(

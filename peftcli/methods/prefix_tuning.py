@@ -23,7 +23,7 @@ each takes a share exp(0) of the softmax.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -109,6 +109,7 @@ class PositionShift(Delta):
     def __init__(self, P: int, start: int) -> None:
         super().__init__()
         self.P, self.start = P, start
+        self.takes_positions = P
 
     def forward(self, x: dict[str, Any], layer: Layer) -> Any:
         """The model on the batch with shifted positions."""
@@ -273,7 +274,7 @@ def _fit(encoders: nn.Module, deltas: list[PrefixDelta], tables: list[Tensor]) -
     optimizer.zero_grad()
 
 
-def _cores(host: Host, leave_out: Collection[int]) -> dict[str, list[Site]]:
+def _cores(host: Host, leave_out: Sequence[int]) -> dict[str, list[Site]]:
     """Attention modules outside the layers left out, by the kind of their prefix; a site's width is
     that of its keys. Raises `NotApplicable` where the attention does not ask the registry.
     """
@@ -283,6 +284,7 @@ def _cores(host: Host, leave_out: Collection[int]) -> dict[str, list[Site]]:
             f"{type(model).__name__} computes its attention on its own: prefixes need a model that "
             "goes through transformers' attention registry with sdpa (Llama, GPT-2, BERT, T5, ...)."
         )
+    host.refuse_layers(leave_out)
     towers = {path: layout.tower_of(path) for path in layout.attention_cores}
     held = [p for p, tower in towers.items() if tower == "text"] or list(towers)
     held = [p for p in held if layout.block_of(p) not in leave_out]

@@ -78,6 +78,7 @@ class LaidTokens(Delta):
     ) -> None:
         super().__init__()
         self.front, self.behind, self.inside = front, behind, inside
+        self.takes_positions = front + behind
         fixed, free = fixed or {}, itertools.count(first)
         ids = [fixed[i] if i in fixed else next(free) for i in range(front + behind)]
         self.register_buffer("ids", torch.tensor(ids), persistent=bool(fixed))  # (P,)

@@ -38,6 +38,7 @@ class PromptTuning(Method):
     """P trained embeddings in front of a row."""
 
     family: ClassVar[str] = "prompt"
+    modalities: ClassVar[tuple[str, ...]] = ("text",)
     size_option: ClassVar[str | None] = "num_virtual_tokens"
     starts_at_base: ClassVar[bool] = False
     lays_tokens: ClassVar[bool] = True

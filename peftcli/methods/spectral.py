@@ -9,7 +9,7 @@ in the positions and in the start.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -61,17 +61,8 @@ class SpectralDelta(WeightDelta):
 class SpectralMethod(Method):
     """Recipe of spectral adapters: their coefficients decay like matrices."""
 
-    def param_groups(self, host: Host, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The coefficients in a group of their own, everything else as usual."""
-        mine = {
-            d.coefficients
-            for name in host.adapters
-            for _, d in host.deltas(name)
-            if isinstance(d, SpectralDelta)
-        }
-        groups = super().param_groups(host, lr, weight_decay)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p not in mine]
-        coefficients = [p for p in host.trained().values() if p in mine]
-        groups.append({"params": coefficients, "lr": lr, "weight_decay": weight_decay})
-        return [g for g in groups if g["params"]]
+    def decaying(self, host: Host) -> set[nn.Parameter]:
+        """The coefficients too."""
+        deltas = (d for name in host.adapters for _, d in host.deltas(name))
+        mine = {d.coefficients for d in deltas if isinstance(d, SpectralDelta)}
+        return super().decaying(host) | mine

@@ -53,7 +53,6 @@ class Board:
 
     def started(self, member: Member, goes_on: bool) -> None:
         """A member has begun."""
-        self.total = max(self.total, member.number)  # a search adds members
         say(f"{self._place(member)} {'goes on' if goes_on else 'begins'}: {member.title}", "cyan")
 
     def ended(self, member: Member, ledger: Ledger) -> None:
@@ -72,6 +71,7 @@ class Board:
         say(f"{self._place(member)} was taken over by another process: {member.title}", "yellow")
 
     def _place(self, member: Member) -> str:
+        self.total = max(self.total, member.number)  # a search adds members
         width = len(str(self.total))
         return f"[{member.number:>{width}}/{self.total}]"
 
@@ -91,7 +91,7 @@ def report(members: Sequence[Member], ledger: Ledger) -> None:
     )
     for member in failed:
         say(f"  failed: {member.title}: {told(member, ledger)}", "red")
-    if failed:
+    if any(member.attempts for member in failed):
         say("  the same line with --retry-failed runs them again", "red")
     if left:
         say("  the same line goes on with what is left", "yellow")
@@ -101,7 +101,8 @@ def told(member: Member, ledger: Ledger) -> str:
     """Why a member failed, its exit code, and where to read more."""
     run_dir = ledger.run_dir(member.id)
     read = f"; see {folders.shown(run_dir / OUTPUT)}" if (run_dir / OUTPUT).exists() else ""
-    return f"{member.reason} (exit code {member.exit_code}){read}"
+    reason = str(member.reason).removeprefix(f"{member.title}: ")
+    return f"{reason} (exit code {member.exit_code}){read}"
 
 
 def _measured(member: Member, ledger: Ledger) -> str:

@@ -16,19 +16,19 @@ SAME_TIME = ("seed", "optimizer.", "scheduler.", "dataset.seed")
 
 def show(members: Sequence[Member], ledger: Ledger, jobs: int) -> None:
     """The members with their states, and the time that is left for `jobs` at once."""
-    expected = {m.id: seconds_of(m, members) for m in members}
+    seconds_of = expected(members)
     rows = [
         (
             m.number,
             m.title,
             m.state,
-            _written(m, expected[m.id]),
-            told(m, ledger) if _bad(m) else "",
+            _written(m, seconds_of[m.id]),
+            told(m, ledger) if m.state == "failed" else "",
         )
         for m in members
     ]
     grid("members", ("number", "overrides", "state", "time", "why"), rows)
-    left = [expected[m.id] for m in members if m.state not in ENDED]
+    left = [seconds_of[m.id] for m in members if m.state not in ENDED]
     known = [seconds for seconds in left if seconds is not None]
     done = sum(m.state == "done" for m in members)
     say(f"{done} of {len(members)} members done, {len(left)} left")
@@ -44,25 +44,19 @@ def show(members: Sequence[Member], ledger: Ledger, jobs: int) -> None:
     say(f"nothing was started; the sweep {where} {folders.shown(ledger.folder)}")
 
 
-def seconds_of(member: Member, members: Sequence[Member]) -> float | None:
-    """What a member took, or what finished ones of its kind took on average; None: unknown."""
-    if member.state == "done":
-        return member.seconds
-    alike = [
-        m.seconds
-        for m in members
-        if m.state == "done" and m.seconds is not None and kind(m) == kind(member)
-    ]
-    return mean(alike) if alike else None
+def expected(members: Sequence[Member]) -> dict[str, float | None]:
+    """By id what a member took, or finished ones of its kind took on average; None: unknown."""
+    took: dict[tuple[str, ...], list[float]] = {}
+    for member in members:
+        if member.state == "done" and member.seconds is not None:
+            took.setdefault(kind(member), []).append(member.seconds)
+    means = {words: mean(seconds) for words, seconds in took.items()}
+    return {m.id: m.seconds if m.state == "done" else means.get(kind(m)) for m in members}
 
 
 def kind(member: Member) -> tuple[str, ...]:
     """What of a member's words decides how long it takes."""
     return tuple(w for w in member.overrides if not w.lstrip("+").startswith(SAME_TIME))
-
-
-def _bad(member: Member) -> bool:
-    return member.state == "failed"
 
 
 def _written(member: Member, seconds: float | None) -> str:

@@ -68,21 +68,22 @@ def run(
     where any failed.
     """
     ledger = Ledger(folder_of(line))
-    if search is not None:
+    if search is not None and search.proposes:
         search.require_own_folder(ledger)
-        members = search.to_come(ledger) if dry_run and search.proposes else members
+        members = search.to_come(ledger) if dry_run else members
     planned = plan(members, line, composer)
-    told = planned or plan([search.example] if search else [], line, composer)
-    require_evaluations(line.sweep, told)
+    told = plan(search.examples, line, composer) if search and search.proposes else planned
+    check(line.sweep, told)
     line = dataclasses.replace(line, sweep=for_members(line.sweep, told))
     if dry_run:
         at_once = len(process.slots(line.sweep.jobs, process.visible_gpus()))
-        cost.show(listed(planned, ledger), ledger, at_once)
+        workers = 1 if line.sweep.launcher == "local" else line.sweep.workers
+        cost.show(listed(planned, ledger), ledger, at_once * workers)
         return 0
     more = adder(search, ledger, line, composer)
     ids = None if more else {p.id for p in planned}
     with ledger.locked():
-        begin(ledger, line, composer, is_searched=search is not None)
+        begin(ledger, line, composer, is_searched=more is not None)
         add(planned, ledger)
         if retry_failed:
             retry(ids, ledger)
@@ -100,13 +101,22 @@ def run(
     return code
 
 
-def require_evaluations(settings: Sweep, planned: Sequence[Planned]) -> None:
-    """Refuse to judge runs that are not evaluated while they train."""
-    if settings.prune != "none" and any(p.cfg and not p.cfg.trainer.eval_steps for p in planned):
+def check(settings: Sweep, planned: Sequence[Planned]) -> None:
+    """Refuse a line of which no member can be composed, since it is the line that is wrong; to
+    judge runs that are not evaluated while they train; to report on the data of tuning.
+    """
+    cfgs = [p.cfg for p in planned if p.cfg is not None]
+    if planned and not cfgs:
+        more = f" Of {len(planned)} members none can be run." if len(planned) > 1 else ""
+        raise ConfigError(f"{planned[0].reason}{more}")
+    if settings.prune != "none" and any(not cfg.trainer.eval_steps for cfg in cfgs):
         raise ConfigError(
             f"sweep.prune={settings.prune}: judges runs by their evaluations while they train; "
             "set trainer.eval_steps=N, too."
         )
+    other = settings.report_on.items()
+    if other and any(all(OmegaConf.select(cfg, k) == v for k, v in other) for cfg in cfgs):
+        raise ConfigError("sweep.report_on: is what the settings are tuned on; name other data.")
 
 
 def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
@@ -117,13 +127,16 @@ def join(folder: Path, jobs: int | None, stop_file: str | None) -> int:
     head = ledger.head()
     os.chdir(head["folder"])  # where the line was given; its paths may be relative
     settings = Sweep(**{**head["sweep"], **({"jobs": jobs} if jobs else {})})
-    composer = Composer([Path(p) for p in head["config_dirs"]], head["config_name"])
-    line = composer.read(head["line"])
-    search = searching(line.sweep, line.space, line.given, composer.config_dirs)
     log_to(ledger.folder / LOG)
-    more = adder(search, ledger, line, composer) if head["is_searched"] else None
+    more = hopeless = None
+    if head["is_searched"] or settings.prune != "none":  # else there is nothing to compose
+        composer = Composer([Path(p) for p in head["config_dirs"]], head["config_name"])
+        line = composer.read(head["line"])
+        search = searching(line.sweep, line.space, line.given, composer.config_dirs)
+        more = adder(search, ledger, line, composer)
+        hopeless = search.hopeless
     stop = ledger.folder / stop_file if stop_file else None
-    return work(ledger, settings, None, more, search.hopeless, stop)
+    return work(ledger, settings, None, more, hopeless, stop)
 
 
 def adder(
@@ -236,7 +249,7 @@ def begin(ledger: Ledger, line: Line, composer: Composer, *, is_searched: bool) 
             "versions": versions(),
             "identity": line.identity,
             "sweep": dataclasses.asdict(line.sweep),
-            "is_searched": is_searched,  # or its members come from elsewhere
+            "is_searched": is_searched,  # members are planned while it runs
             "config_dirs": [str(p.absolute()) for p in composer.config_dirs],
             "config_name": composer.config_name,
             "folder": str(Path.cwd()),

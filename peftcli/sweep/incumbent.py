@@ -14,7 +14,7 @@ import yaml
 from peftcli import __version__
 from peftcli.errors import ConfigError, DataError
 from peftcli.sweep.ledger import Trial
-from peftcli.sweep.protocol import Study
+from peftcli.sweep.protocol import Cell, Study
 from peftcli.sweep.results import Results
 from peftcli.sweep.space import Point
 
@@ -23,22 +23,26 @@ FILE = "incumbent.yaml"
 
 def propose(study: Study, folder: Path, trials: Sequence[Trial]) -> list[Point]:
     """The runs to plan next, each as its overrides; nothing where all there is still runs, or where
-    the sweep is over. To be called by one process at a time: it freezes the incumbents.
+    the sweep is over. To be called by one process at a time: it freezes the incumbents. A cell that
+    has none, since its runs failed, gets one when they are run again.
 
     Raises:
         ConfigError: budgets were not equal, or the folder's incumbents were tuned otherwise.
     """
     frozen = frozen_for(study, folder)
-    if frozen is None:
+    chosen = list(frozen["incumbents"]) if frozen else []
+    without = [cell for cell in study.cells if cell.name not in {i["cell"] for i in chosen}]
+    if without:
         found = study.tuned(trials)
         wanted = study.to_tune(found)
         still = any(results.pending for results in found)
         if wanted or still or not study.is_reported:
             return wanted
         study.require_equal_budgets(found)
-        frozen = freeze(study, found, trials)
-        write(folder, frozen)
-    return study.to_test([i["overrides"] for i in frozen["incumbents"]], trials)
+        if new := choose(study, without, found, trials):
+            chosen += new
+            write(folder, record(study, chosen))
+    return study.to_test([i["overrides"] for i in chosen], trials)
 
 
 def frozen_for(study: Study, folder: Path) -> dict[str, Any] | None:
@@ -56,14 +60,16 @@ def frozen_for(study: Study, folder: Path) -> dict[str, Any] | None:
     return frozen
 
 
-def freeze(study: Study, found: Sequence[Results], trials: Sequence[Trial]) -> dict[str, Any]:
-    """What `incumbent.yaml` holds: each cell's best setting (of several metrics, its Pareto front),
-    and all that chose it.
+def choose(
+    study: Study, cells: Sequence[Cell], found: Sequence[Results], trials: Sequence[Trial]
+) -> list[dict[str, Any]]:
+    """The best setting of each of these cells (of several metrics, its Pareto front), as far as
+    they have one, and all that chose it.
     """
     goal = study.objective(trials)
     incumbents = []
     for cell, results in zip(study.cells, found, strict=True):
-        for point in results.best:
+        for point in results.best if cell in cells else ():
             scores = results.mean(point)
             assert scores is not None
             overrides = [*cell.fixed, *point]
@@ -77,12 +83,17 @@ def freeze(study: Study, found: Sequence[Results], trials: Sequence[Trial]) -> d
                     "num_settings": len(results.points),
                 }
             )
+    return incumbents
+
+
+def record(study: Study, incumbents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `incumbent.yaml` holds."""
     return {
         "digest": study.digest,
         "peftcli": __version__,
         "space": study.space.digest(),
         "budget": study.budget,
-        "incumbents": incumbents,
+        "incumbents": list(incumbents),
     }
 
 
@@ -95,7 +106,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     path = folder / FILE
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as e:
         raise DataError(f"{path}: cannot be read ({e}).") from None

@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from peftcli import written
 from peftcli.errors import ConfigError, DataError
+from peftcli.folders import shown
 from peftcli.train.folder import read_json, write_json
 
 State = Literal["waiting", "running", "done", "failed", "stopped", "pruned"]
@@ -59,7 +60,7 @@ class Member:
     @property
     def title(self) -> str:
         """What it has of its own, in one line."""
-        return " ".join(self.overrides) or "the run"
+        return " ".join(word.lstrip("+") for word in self.overrides) or "the run"
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,12 @@ class Ledger:
         """One member as it is now; None where there is none."""
         path = self.run_dir(id) / "member.json"
         try:
-            values = read_json(path)
+            values = _read(path)
             return Member(**{**values, "overrides": tuple(values["overrides"])})
         except FileNotFoundError:
             return None
         except (TypeError, KeyError) as e:
-            raise DataError(f"{path}: is no record of a member ({e}).") from None
+            raise DataError(f"{path}: is no record of a member ({e}).{_remedy(path)}") from None
 
     def write(self, member: Member, **changes: Any) -> Member:
         """Put a member's record into its folder, with changes."""
@@ -156,12 +157,24 @@ class Ledger:
         ]
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """A file in a member's folder. Raises `DataError` with what to do where it is damaged."""
+    try:
+        return read_json(path)
+    except DataError as e:
+        raise DataError(f"{e}{_remedy(path)}") from None
+
+
+def _remedy(path: Path) -> str:
+    return f" Take {shown(path.parent)} away, and the sweep's line runs this member anew."
+
+
 def metrics(run_dir: Path) -> dict[str, float]:
     """What a finished run measured at its end; empty for one that is not finished."""
     result = run_dir / "result.json"
     if not result.is_file():
         return {}
-    info = read_json(result)["train_info"]
+    info = _read(result)["train_info"]
     measured = {**{key: info.get(key) for key in COUNTED}, **(info["metrics"].get("after") or {})}
     return {key: float(value) for key, value in measured.items() if isinstance(value, int | float)}
 

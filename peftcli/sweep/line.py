@@ -4,9 +4,11 @@ sweep grammar (choices, ranges, globs), and each member's checked configuration.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +22,7 @@ from peftcli.errors import ConfigError
 from peftcli.hydra_words import our_words
 from peftcli.settings import Sweep
 from peftcli.sweep.ledger import id_of
-from peftcli.sweep.space import Space, dimension
+from peftcli.sweep.space import Dimension, Space, dimension
 
 Words = tuple[str, ...]  # overrides
 # What only says how members are run: the same line without these is the same sweep.
@@ -69,6 +71,7 @@ class Composer:
     def __init__(self, config_dirs: Sequence[Path] = (), config_name: str | None = None) -> None:
         self.config_dirs = list(config_dirs)
         self.config_name = config_name or cards.ROOT
+        self.of_files: dict[Words, DictConfig] = {}  # what choices of files make, without values
         with our_words([], self.config_dirs):
             self.hydra: Hydra = hydra_app.open_hydra(self.config_dirs)
 
@@ -83,10 +86,10 @@ class Composer:
             cfg = self._composed([str(o.input_line) for o in own])
             recipe_s = [f"{k}={v}" for k, v in (cfg.hydra.sweeper.get("params") or {}).items()]
             parsed = [*parser.parse_overrides(recipe_s), *parsed]
-            swept = {_written_key(o): dimension(o) for o in parsed if o.is_sweep_override()}
+            swept = _swept(parsed)
         for override in parsed:
             _refuse(override)
-        fixed = [o for o in parsed if not o.is_sweep_override() and _written_key(o) not in swept]
+        fixed = [o for o in parsed if not o.is_sweep_override() and _place(o) not in swept]
         return Line(
             given=tuple(given),
             base=tuple(str(o.input_line) for o in fixed if _first(o) not in cards.OF_SWEEPS),
@@ -102,11 +105,21 @@ class Composer:
         with our_words(words, self.config_dirs):
             cfg = hydra_app.own_part(self._composed(words))
             config.typed(cfg, self.config_dirs)
-            plain = config.resolved(cfg)
+        plain = cast("dict[str, Any]", OmegaConf.to_container(cfg, resolve=True))
         return id_of(plain), OmegaConf.create(plain)
 
     def _composed(self, words: Sequence[str]) -> DictConfig:
-        cfg = self.hydra.compose_config(self.config_name, [*words, "hydra.mode=RUN"], RunMode.RUN)
+        """What Hydra composes of the words. Files take a third of a second to read and merge, so
+        each choice of them is composed once, and values are put over a copy, as Hydra does.
+        """
+        parsed = OverridesParser.create().parse_overrides(list(words))
+        files = tuple(str(o.input_line) for o in parsed if not _is_value(o))
+        if files not in self.of_files:
+            self.of_files[files] = self.hydra.compose_config(
+                self.config_name, [*files, "hydra.mode=RUN"], RunMode.RUN
+            )
+        cfg = copy.deepcopy(self.of_files[files])
+        hydra_app.put_over(cfg, [o for o in parsed if _is_value(o)])
         HydraConfig.instance().set_config(cfg)  # for `hydra:` interpolations
         return cfg
 
@@ -133,16 +146,31 @@ def _refuse(override: Override) -> None:
         raise ConfigError(f"{override.input_line}: is of the whole sweep; give it one value.")
 
 
-def _written_key(override: Override) -> str:
-    """The key with its `+` and package, as Hydra writes it."""
-    return str(override.get_key_element())
+def _is_value(override: Override) -> bool:
+    """Whether it sets a key of the composed configuration, and chooses no file."""
+    key = override.key_or_group
+    return (
+        override.package is None
+        and (key in cards.RUN_KEYS or "." in key)
+        and (_first(override) != "hydra")
+    )
+
+
+def _swept(words: Sequence[Override]) -> dict[tuple[str, str | None], Dimension]:
+    """What is swept, by its place; of words for the same place the last counts."""
+    found: dict[tuple[str, str | None], Dimension] = {}
+    for word in words:
+        if word.is_sweep_override():
+            found[_place(word)] = dimension(word)
+        else:
+            found.pop(_place(word), None)
+    return found
+
+
+def _place(override: Override) -> tuple[str, str | None]:
+    return override.key_or_group, override.package
 
 
 def _key(word: str) -> str:
     """The bare key of an override."""
     return word.lstrip("+~").partition("=")[0].strip()
-
-
-def is_group(word: str) -> bool:
-    """Whether an override chooses a group's file or a recipe."""
-    return _key(word) in (*cards.GROUPS, "recipe")

@@ -6,6 +6,8 @@ import argparse
 from dataclasses import replace
 
 from peftcli import hydra_app
+from peftcli.errors import ConfigError
+from peftcli.settings import Sweep
 from peftcli.sweep import engine
 from peftcli.sweep.line import Composer
 from peftcli.tables.paper import asked_of, cells, key_of, read
@@ -22,6 +24,7 @@ def main(args: argparse.Namespace) -> int:
         words = [f"name={asked.name}", *words]
     composer = Composer(args.config_dirs, args.config_name)
     line = composer.read(words)
+    _refuse_search(line.sweep)
     cells_of = [cells(paper, [*line.base, *chosen]) for chosen in line.grid]
     members = [
         tuple(hydra_app.normalised([w for w in cell if w not in line.base], args.config_dirs))
@@ -30,3 +33,13 @@ def main(args: argparse.Namespace) -> int:
     ]
     line = replace(line, given=tuple(args.overrides))
     return engine.run(members, line, composer, dry_run=args.dry_run, retry_failed=args.retry_failed)
+
+
+def _refuse_search(sweep: Sweep) -> None:
+    """Raise `ConfigError` for what would choose runs: a table's are its cells."""
+    for key in ("search", "tuning_seeds", "prune"):
+        if getattr(sweep, key) != getattr(Sweep(), key):
+            raise ConfigError(
+                f"sweep.{key}: chooses what is run, and a published table has its cells. Leave it "
+                "out, or search by a line of your own with the words of a cell."
+            )

@@ -4,6 +4,9 @@ A *setting* is a point of the space; a *cell* is one value of what is compared (
 with a search and a budget of its own. With `sweep.tuning_seeds` a setting runs on these and counts
 by its mean, a failure as the worst that there is. With `sweep.test_seeds` each cell's best setting
 is frozen and runs on these, on examples that no tuning run has seen; only those runs are reported.
+These are the other half of the held-out ones, or of other data: with `sweep.report_on` settings are
+tuned on one task and reported on another (S. Cha, K. Cho, "Hyperparameters in Continual Learning: A
+Reality Check", 2024, arXiv 2403.09066).
 T. Eimer, M. Lindauer, R. Raileanu, "Hyperparameters in Reinforcement Learning and How To Tune
 Them", ICML 2023, arXiv 2306.01324.
 """
@@ -80,8 +83,16 @@ class Study:
     def member(self, settings: Sequence[str], seed: Seed, *, test: bool = False) -> Point:
         """The overrides of one run."""
         given = () if seed is None else (f"{SEED}={seed}",)
-        part = (f"{PART}={'report' if test else 'tuning'}",) if self.is_reported else ()
-        return (*settings, *given, *part)
+        return (*settings, *given, *self._data(test))
+
+    def _data(self, test: bool) -> Point:
+        """The overrides that keep the examples of the two stages apart."""
+        if not self.is_reported:
+            return ()
+        if self.sweep.report_on:
+            words = tuple(written.override(key, v) for key, v in self.sweep.report_on.items())
+            return words if test else ()
+        return (f"{PART}={'report' if test else 'tuning'}",)
 
     def cell_of(self, overrides: Sequence[str]) -> Cell | None:
         """The cell that a tuning run belongs to; None for other runs."""
@@ -107,7 +118,8 @@ class Study:
             seed = int(given.get(SEED, -1)) if self.sweep.tuning_seeds else None
             if seed not in self.seeds:
                 continue
-            if self.is_reported and given.get(PART) != "tuning":
+            own, words = set(self._data(test=False)), set(trial.overrides)
+            if own - words or words & set(self._data(test=True)):
                 raise ConfigError(
                     f"{' '.join(trial.overrides)}: a tuning run must not see the examples that "
                     "are kept for the report."
@@ -206,7 +218,7 @@ class Study:
         """Hash of everything that chooses an incumbent: space, search, budget, seeds, metric."""
         chosen = (self.sweep.search, self.sweep.search_seed, self.sweep.metric)
         told = [self.space.describe(), self.budget, self.seeds, chosen, self.sweep.lr_scale]
-        return written.digest(told)
+        return written.digest([*told, *self.sweep.report_on.items()])
 
 
 def check(sweep: Sweep, space: Space) -> None:
@@ -241,6 +253,12 @@ def _check_seeds(sweep: Sweep, keys: set[str]) -> None:
             raise ConfigError(f"sweep.{name}={list(given)}: a seed is given twice.")
     if test and not tuning:
         raise ConfigError(f"sweep.test_seeds={list(test)}: give sweep.tuning_seeds, too.")
+    if sweep.report_on and not test:
+        raise ConfigError("sweep.report_on: is for the runs on sweep.test_seeds; give these, too.")
+    if sweep.report_on and not any(key.split(".")[0] == "dataset" for key in sweep.report_on):
+        raise ConfigError("sweep.report_on: names no other data, as in {dataset.path: tweets}.")
+    if both := sorted(sweep.report_on.keys() & keys):
+        raise ConfigError(f"sweep.report_on: {', '.join(both)} is swept; it goes in one place.")
     if SEED in keys and (tuning or sweep.search != "grid"):
         raise ConfigError(
             "seed: is not searched over. Leave it out and give sweep.tuning_seeds=[0,1,2]."

@@ -24,7 +24,7 @@ Block = tuple[str, dict[str, str]]  # a setting, and what there is to say of it
 
 @dataclass(frozen=True)
 class Result:
-    """A frozen setting: its means over tuning and test seeds, and tuning - test."""
+    """A frozen setting: its means over tuning and test seeds, and how much better tuning was."""
 
     cell: str
     overrides: tuple[str, ...]
@@ -69,7 +69,11 @@ def _result(chosen: Mapping[str, Any], ended: Sequence[Trial], goal: Objective) 
         num_failed=len(ended) - len(scores),
         test=test,
         test_std=dict(zip(goal.names, deviations, strict=False)),
-        gap={name: chosen["tuning"][name] - value for name, value in test.items()},
+        gap={
+            name: sign * (chosen["tuning"][name] - test[name])
+            for name, sign in zip(goal.names, goal.signs, strict=True)
+            if name in test
+        },
     )
 
 
@@ -124,9 +128,14 @@ def checklist(
     frozen = incumbent.read(folder)
     assert frozen is not None
     signs = dict(zip(goal.names, goal.signs, strict=True))
+    apart = (
+        f"test runs are of other data ({sweep.report_on})"
+        if sweep.report_on
+        else "tuning runs evaluate one half of the held-out examples, test runs the other "
+        "(dataset.eval_part)"
+    )
     return {
-        "separation": "tuning and test seeds are disjoint; tuning runs evaluate one half of the "
-        "held-out examples, test runs the other (dataset.eval_part)",
+        "separation": f"tuning and test seeds are disjoint; {apart}",
         "search": {"kind": sweep.search, "seed": sweep.search_seed},
         "space": study.space.describe(),
         "metric": {n: "maximize" if s > 0 else "minimize" for n, s in signs.items()},

@@ -36,10 +36,11 @@ class Searching:
         return self.study.sweep.search != "grid" or bool(self.study.sweep.tuning_seeds)
 
     @property
-    def example(self) -> Point:
-        """The settings of one of its runs."""
-        cell = self.study.cells[0]
-        return (*cell.fixed, *cell.space.at([0.0] * len(cell.space.dimensions)))
+    def examples(self) -> list[Point]:
+        """The settings of a run of each thing that is compared, and further ones of the first."""
+        cells = self.study.cells
+        places = [*((cell, 0.0) for cell in cells), (cells[0], 0.5), (cells[0], 0.99)]
+        return [(*c.fixed, *c.space.at([u] * len(c.space.dimensions))) for c, u in places]
 
     def propose(self, ledger: Ledger) -> list[Point]:
         """Members to plan now. Under the folder's lock."""

@@ -270,10 +270,12 @@ def _chosen(key: str) -> Make:
 def _gap(plan: Plan) -> Make:
     """How much better the best values look on the seeds that chose them."""
 
+    sign = 1 if is_better(plan.metric, 1.0, 0.0) else -1
+
     def make(row: Row) -> Shown:
         gaps = [
-            plain.fmean(run.metrics[plan.metric] for run in cell.tuning)
-            - plain.fmean(cell.values(plan.metric).values())
+            sign * plain.fmean(run.metrics[plan.metric] for run in cell.tuning)
+            - sign * plain.fmean(cell.values(plan.metric).values())
             for cell in row.cells.values()
             if cell.tuning and cell.runs
         ]

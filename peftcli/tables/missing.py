@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,9 +12,7 @@ from peftcli import folders
 from peftcli.tables.cells import Cell, Plan, is_scored
 from peftcli.tables.protocol import explains, is_protocol, is_tuned, same
 from peftcli.tables.runs import RunRecord
-from peftcli.written import defaults
-
-PLAIN = re.compile(r"[A-Za-z_/.][\w/.:+-]*")  # needs no quotes in an override
+from peftcli.written import defaults, override
 
 
 def failures(runs: Iterable[RunRecord], metric: str) -> list[str]:
@@ -116,7 +113,7 @@ def _changes(
 
 def _from(run: RunRecord, changes: Mapping[str, Any]) -> str:
     """The run of a folder again, changed, in a folder beside it."""
-    words = [f"{key}={written(given)}" for key, given in changes.items()]
+    words = [override(key, given) for key, given in changes.items()]
     parts = [f"{'' if k == 'method' else k.rpartition('.')[2]}{v}" for k, v in changes.items()]
     shown = [re.sub(r"[^\w.+-]", "", part) for part in parts]
     beside = run.sweep.folder if run.sweep else run.folder
@@ -125,14 +122,3 @@ def _from(run: RunRecord, changes: Mapping[str, Any]) -> str:
 
 def _line(*words: str) -> str:
     return shlex.join(("peft-train", *words))
-
-
-def written(given: Any) -> str:
-    """A value as an override takes it."""
-    if isinstance(given, str):
-        return given if PLAIN.fullmatch(given) else json.dumps(given)
-    if isinstance(given, list):
-        return f"[{','.join(map(written, given))}]"
-    if isinstance(given, dict):
-        return "{" + ",".join(f"{k}:{written(v)}" for k, v in given.items()) + "}"
-    return json.dumps(given)

@@ -36,13 +36,14 @@ class Source:
     title: str
     authors: str
     year: int
-    arxiv: str
     table: str  # which of the paper's
+    arxiv: str | None = None  # null: no paper printed it
 
     @property
     def line(self) -> str:
         """Who printed it, where."""
-        return f"{self.authors} {self.year}, arXiv {self.arxiv}, {self.table}"
+        paper = f"arXiv {self.arxiv}, " if self.arxiv else ""
+        return f"{self.authors} {self.year}, {paper}{self.table}"
 
 
 @dataclass(frozen=True)
@@ -227,11 +228,6 @@ class Asked:
         rows = tuple(r for r in paper.rows if r.name in (self.rows or [r.name]))
         columns = tuple(c for c in paper.columns if c.name in (self.columns or [c.name]))
         return dataclasses.replace(paper, rows=rows, columns=columns)
-
-
-def is_name(word: str) -> bool:
-    """Whether a word says which table."""
-    return key_of(word) == "table"
 
 
 def asked_of(words: Sequence[str]) -> tuple[Asked, list[str]]:

@@ -33,8 +33,9 @@ from peftcli.core.delta import Delta
 from peftcli.core.graft import graft
 from peftcli.core.site import Site
 from peftcli.kernels import choice
+from peftcli.methods.adapter import AdapterDelta
 from peftcli.methods.boft import BOFT
-from peftcli.methods.bottleneck_adapter import AdapterDelta, BottleneckAdapter
+from peftcli.methods.bottleneck_adapter import BottleneckAdapter
 from peftcli.methods.compacter import Compacter
 from peftcli.methods.dora import DoRA
 from peftcli.methods.fourierft import FourierFT

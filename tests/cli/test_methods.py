@@ -49,7 +49,8 @@ def merges(method: str, model: str) -> bool:
     host = Host(tiny.models()[model]())
     try:
         host.add(make_method(method), data=tiny.Look(host.model, model))
-        if host.sites["default"]:
+        host.adapters["default"].before_merge(host, "default")
+        if host.sites.get("default"):
             host.merge()
     except NotApplicable:
         return False
@@ -74,7 +75,9 @@ def test_methods_are_chosen_by_their_traits(cli: Cli) -> None:
     assert names(cli, "--exports", "LORA") >= {"lora"}
     assert names(cli, "--exports", "model") >= {"full"}
     assert names(cli, "--pre-pass") | names(cli, "--no-pre-pass") == everything
-    assert names(cli, "--modality", "image") < everything
+    assert {"lora", "qwha", "spt"} <= names(cli, "--pre-pass")
+    assert not {"dora", "adalora", "lamda", "vera"} & names(cli, "--pre-pass")  # use LoRA's parts
+    assert everything - names(cli, "--modality", "image") == {"prompt_tuning"}
     assert names(cli, "--family", "nothing") == set()
 
 

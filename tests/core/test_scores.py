@@ -10,14 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcli.core.host import Host
-from peftcli.core.scores import (
-    PrincipalInputs,
-    each_gradient,
-    each_input,
-    leading,
-    mean_gradients,
-    principal_inputs,
-)
+from peftcli.core.principal import PrincipalInputs, leading, principal_inputs
+from peftcli.core.scores import each_gradient, each_input, mean_gradients
 from peftcli.core.site import find_sites
 from peftcli.data.collate import make_collator
 from peftcli.models.attention import use_packed_attention

@@ -33,6 +33,8 @@ VARIANTS = {
     ),
     "pissa": LoRA(r=3, init="pissa"),
     "olora rslora": LoRA(r=3, init="olora", use_rslora=True),
+    "all biases": LoRA(r=3, bias="all"),
+    "biases of targets": LoRA(r=3, bias="lora_only"),
 }
 
 
@@ -106,6 +108,23 @@ def test_an_adapter_from_stock_peft_loads_here(model: str, tmp_path: Path) -> No
     adapter.load(host, tmp_path)
     torch.testing.assert_close(
         outputs(host.model, model), outputs(theirs, model), atol=2e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_stock_peft_trained_load_here(bias: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["query", "dense"], bias=bias, task_type="SEQ_CLS")  # pyright: ignore[reportArgumentType]
+    theirs = peft.get_peft_model(tiny.bert(), config)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for p in (p for p in theirs.parameters() if p.requires_grad):
+            p.add_(0.05 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path)
+    host = Host(tiny.bert())
+    adapter.load(host, tmp_path)
+    assert isinstance(host.adapters["default"], LoRA)
+    torch.testing.assert_close(
+        outputs(host.model, "bert"), outputs(theirs, "bert"), atol=2e-6, rtol=1e-5
     )
 
 

@@ -56,6 +56,18 @@ def grown(method: AdaLoRA, model: str = "llama") -> Host:
     return host
 
 
+def test_singular_values_do_not_decay() -> None:
+    host = Host(tiny.llama())
+    host.add(AdaLoRA())
+    groups = host.adapters["default"].param_groups(host, 1e-3, 0.1)
+    resting = {p for g in groups if not g["weight_decay"] for p in g["params"]}
+    deltas = [d for _, d in host.deltas() if isinstance(d, AdaLoRADelta)]
+    assert resting == {d.E for d in deltas}
+    assert {p for g in groups for p in g["params"]} - resting == {
+        p for d in deltas for p in (d.A, d.B)
+    }
+
+
 def test_the_start_is_small_and_changes_nothing() -> None:
     torch.manual_seed(0)
     linear = nn.Linear(300, 200)

@@ -13,15 +13,11 @@ from transformers import BartConfig, BertConfig, GPTJConfig, GPTJForCausalLM, T5
 from transformers.models.bart.modeling_bart import BartForConditionalGeneration
 
 from peftcli.core.host import Host
-from peftcli.core.site import find_sublayers
+from peftcli.core.sublayer import find_sublayers
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
-from peftcli.methods.bottleneck_adapter import (
-    AdapterDelta,
-    Bottleneck,
-    BottleneckAdapter,
-    projections,
-)
+from peftcli.methods.adapter import AdapterDelta, Bottleneck, projections
+from peftcli.methods.bottleneck_adapter import BottleneckAdapter
 from peftcli.models.load import empty_model
 from tests import tiny
 
@@ -303,6 +299,8 @@ def test_layers_left_out_have_no_adapter() -> None:
     assert {s.layer for s in host.sites["default"]} == {1}
     with pytest.raises(NotApplicable, match="no attn or ffn sub-layer outside"):
         Host(tiny.llama()).add(BottleneckAdapter(leave_out=(0, 1, 2)))
+    with pytest.raises(ConfigError, match=r"method.leave_out=\[3\].* from 0 to 2"):
+        Host(tiny.llama()).add(BottleneckAdapter(leave_out=(0, 3)))
 
 
 def test_a_residual_counted_twice_is_refused() -> None:

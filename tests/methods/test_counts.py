@@ -139,6 +139,17 @@ def test_check_counts_where_there_are_no_weights(cli: Cli) -> None:
         assert part in said, said
 
 
+def test_check_says_about_how_many_the_data_will_choose(cli: Cli) -> None:
+    words = ["model=vit_base", "method=spt", "method.budget=200000"]
+    counts = json.loads(cli("check", *words, "--json").stdout)["counts"]
+    assert counts == {"trained_parameters_about": 200_000, "all_parameters": 85_800_194}
+    assert "about 200,000 parameters" in cli("check", *words).stderr
+    words.append("method.allocation={vit.layers.0.attention.q_proj: 7, vit.layernorm.bias: 0}")
+    counts = json.loads(cli("check", *words, "--json").stdout)["counts"]
+    assert counts["trained_parameters"] == 7 + 768 + 768  # the class token trains in any case
+    assert "counts it exactly" not in cli("methods", "spt").stdout
+
+
 def test_check_takes_dimensions_of_one_s_own(cli: Cli) -> None:
     words = ["model=local", "model.name_or_path=mine"]
     small = "model.architecture={model_type: llama, hidden_size: 64, num_hidden_layers: 2}"

@@ -102,7 +102,7 @@ def test_heads_may_have_a_rate_of_their_own_and_coefficients_decay() -> None:
     host = Host(tiny.bert(), ["classifier"])
     host.add(FourierFT(n=50))
     settings = Optimizer("torch.optim.AdamW", 0.05, 0.01, head_lr=6e-3)
-    *rest, mine = make_optimizer(settings, host.adapters["default"], host).param_groups
+    mine, *rest = make_optimizer(settings, host.adapters["default"], host).param_groups
     assert {g["lr"] for g in rest} == {6e-3}
     assert (mine["lr"], mine["weight_decay"]) == (0.05, 0.01)
     assert {p for g in rest for p in g["params"]} == set(host.model.classifier.parameters())

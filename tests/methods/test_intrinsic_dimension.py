@@ -207,6 +207,8 @@ def test_the_file_holds_d_numbers_and_the_seed(tmp_path: Path) -> None:
 def test_an_unmatched_filter_is_refused() -> None:
     with pytest.raises(ConfigError, match="found in no parameter's name"):
         Host(tiny.llama()).add(IntrinsicDimension(filter="atention"))
+    with pytest.raises(ConfigError, match=r"method.filter: '\(' is no name and no regular"):
+        Host(tiny.llama()).add(IntrinsicDimension(filter="("))
 
 
 def test_the_dense_projection_has_deviation_a_hundredth() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -181,3 +182,31 @@ def test_a_target_that_matches_nothing_names_the_nearest() -> None:
     host = Host(tiny.models()["llama"]())
     with pytest.raises(ConfigError, match=r"'q_prj' matches no module .* Nearest: q_proj"):
         host.add(LoRA(target_modules=("v", "q_prj")))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rank_pattern": {"k": 4}}, r"method.rank_pattern: 'k' means none .* which are q, v"),
+        ({"alpha_pattern": {"q_prj": 4.0}}, r"method.alpha_pattern: 'q_prj'"),
+        ({"rank_pattern": {"(": 4}}, r"'\(' is no name and no regular expression"),
+    ],
+)
+def test_patterns_that_mean_no_target_are_refused_where_one_trains(
+    fields: dict[str, Any], said: str
+) -> None:
+    host = Host(tiny.llama())
+    with pytest.raises(ConfigError, match=said):
+        host.add(LoRA(**fields), data=tiny.Look(host.model, "llama"))
+    assert not host.adapters
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("all", 2 * 6 + 1), ("lora_only", 2 * 3)])
+def test_biases_of_the_base_train_all_or_those_of_the_targets(bias: str, count: int) -> None:
+    host = Host(tiny.gpt2())  # two blocks of four linears and two norms, and a last norm
+    host.add(LoRA(target_modules=("c_attn", "c_proj"), bias=bias))  # pyright: ignore[reportArgumentType]
+    assert len(host.selected) == count == host.matched["default"].get("biases", 0)
+    assert all(n.endswith(".bias") for n in host.selected)
+    groups = host.adapters["default"].param_groups(host, 1e-3, 0.1)
+    decaying = {p for g in groups if g["weight_decay"] for p in g["params"]}
+    assert decaying == {p for _, d in host.deltas() for p in d.parameters()}

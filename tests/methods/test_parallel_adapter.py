@@ -12,7 +12,7 @@ from transformers import BartConfig, RobertaConfig
 
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, NotApplicable
-from peftcli.methods.bottleneck_adapter import Bottleneck, projections
+from peftcli.methods.adapter import Bottleneck, projections
 from peftcli.methods.parallel_adapter import BesideDelta, HeadsDelta, ParallelAdapter
 from peftcli.models.load import empty_model
 from tests import tiny

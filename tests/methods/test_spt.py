@@ -17,15 +17,8 @@ from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
 from peftcli.methods.lora import LoRADelta
 from peftcli.methods.sparse import SparseDelta
-from peftcli.methods.spt import (
-    SPT,
-    PathLoRADelta,
-    SPTAdapterDelta,
-    allocate,
-    nearest,
-    rank,
-    sensitivities,
-)
+from peftcli.methods.spt import SPT, PathLoRADelta, SPTAdapterDelta
+from peftcli.methods.spt_allocation import allocate, nearest, rank, sensitivities
 from tests import tiny
 from tests.train import conftest
 from tests.train.conftest import MakeLoop, interrupted
@@ -35,6 +28,11 @@ Structured = Literal["lora", "adapter"]
 SMALL: dict[str, Any] = {"budget": 2000, "step": 100, "batches": 2}
 MODELS = pytest.mark.parametrize("model", sorted(tiny.models()))
 STRUCTURED = pytest.mark.parametrize("structured", ["lora", "adapter"])
+
+
+def test_an_allocation_to_what_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"method.allocation: vit.layer.0.q is none"):
+        Host(tiny.vit()).add(SPT(allocation={"vit.layer.0.q": 3}))
 
 
 def adapted(name: str, method: SPT) -> Host:

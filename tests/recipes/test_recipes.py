@@ -18,6 +18,7 @@ MODEL = {
     "lora_llama_chat": "llama",
     "autopeft_minilm": "bert",
     "lora_minilm": "bert",
+    "methods_minilm": "bert",
     "full_minilm": "bert",
     "lora_t5": "t5",
     "qlora_llama": "llama",

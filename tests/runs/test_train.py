@@ -187,6 +187,19 @@ def test_two_runs_in_one_folder_are_refused(cli: Cli, tiny_run: list[str], tmp_p
     assert f"in use by another run ({socket.gethostname()} process {os.getpid()})" in told
 
 
+def test_an_adapter_with_a_head_of_the_datas_classes_is_written_again(
+    cli: Cli, models: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"text": f"film {i}", "label": ["bad", "good"][i % 2]}) for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))  # two classes; the model's files have 3
+    words = ["+recipe=lora_minilm", f"model.name_or_path={models / 'bert'}"]
+    data = ["dataset.path=rows.jsonl", "dataset.train_samples=null", "dataset.eval_samples=2"]
+    cli(*words, *data, "trainer.max_steps=1", "run_dir=run")
+    cli("export", "run", "--to", "adapter", "--output", "again")
+    files = [tmp_path / f / "adapter_model.safetensors" for f in ("run/adapter", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
 def test_loggers_work_offline(cli: Cli, tiny_run: list[str], tmp_path: Path, logger: str) -> None:
     if logger == "tensorboard":

@@ -22,6 +22,7 @@ from tests.sweep.ledgers import Member, go_on, names, sweep
 LINE = ["method=lora,dora", "optimizer.lr=1e-4,3e-4,1e-3"]
 SPACE = parse(LINE)
 PROTOCOL = {"tuning_seeds": (0, 1, 2), "test_seeds": (10, 11, 12, 13)}
+OTHER = {"dataset.path": "tweets"}
 SKILL = {"0.0001": 0.5, "0.0003": 0.8, "0.001": 0.6}
 
 
@@ -51,6 +52,9 @@ def of_stage(members: list[Member], part: str) -> list[Member]:
         ({"compare": ("methd",)}, LINE, "Did you mean method"),
         ({"lr_scale": {"lora": 2.0}}, ["method=lora,dora"], "sweep both"),
         (PROTOCOL, [*LINE, "dataset.eval_part=tuning,report"], "leave it out"),
+        ({"report_on": OTHER}, LINE, "give these, too"),
+        (PROTOCOL | {"report_on": {"seed": 3}}, LINE, "names no other data"),
+        (PROTOCOL | {"report_on": OTHER}, [*LINE, "dataset.path=a,b"], "is swept"),
     ],
 )
 def test_a_protocol_that_reports_no_test_number_is_refused(
@@ -111,6 +115,19 @@ def test_the_best_are_frozen_run_on_every_test_seed_and_alone_reported(tmp_path:
     }
 
 
+def test_settings_are_tuned_on_one_data_set_and_reported_on_another(tmp_path: Path) -> None:
+    study = Study(Sweep(**PROTOCOL, report_on=OTHER), SPACE)
+    members = sweep(study, tmp_path, run)
+    other = [m for m in members if "dataset.path=tweets" in m.overrides]
+    assert (len(members), len(other)) == (2 * 3 * 3 + 2 * 4, 2 * 4)
+    assert {values_of(m.overrides)["seed"] for m in other} == {"10", "11", "12", "13"}
+    assert not any("eval_part" in word for m in members for word in m.overrides)
+    assert "tweets" in report.checklist(study, tmp_path, members, LINE)["separation"]
+    seen = Member(("method=lora", "optimizer.lr=0.001", "seed=0", "dataset.path=tweets"))
+    with pytest.raises(ConfigError, match="must not see"):
+        study.tuned([seen])
+
+
 def test_what_was_frozen_stays_though_tuning_is_changed_afterwards(tmp_path: Path) -> None:
     study = Study(Sweep(**PROTOCOL), SPACE)
     members = sweep(study, tmp_path, run)
@@ -120,6 +137,32 @@ def test_what_was_frozen_stays_though_tuning_is_changed_afterwards(tmp_path: Pat
     other = Study(Sweep(**PROTOCOL), parse([LINE[0], "optimizer.lr=1e-4,3e-4"]))
     with pytest.raises(ConfigError, match="another space"):
         incumbent.propose(other, tmp_path, members)
+
+
+def test_a_method_whose_runs_all_failed_is_chosen_when_they_are_run_again(tmp_path: Path) -> None:
+    def broken(given: Mapping[str, str]) -> dict[str, float] | None:
+        return None if given["method"] == "dora" else run(given)
+
+    study = Study(Sweep(**PROTOCOL), SPACE)
+    members = sweep(study, tmp_path, broken)
+    frozen = incumbent.read(tmp_path)
+    assert frozen is not None
+    assert [i["cell"] for i in frozen["incumbents"]] == ["method=lora"]
+    for member in members:
+        member.state = "waiting" if member.state == "failed" else member.state
+    go_on(study, tmp_path, run, members)
+    again = incumbent.read(tmp_path)
+    assert again is not None
+    assert again["incumbents"][:1] == frozen["incumbents"]
+    assert [i["cell"] for i in again["incumbents"]] == ["method=lora", "method=dora"]
+    assert len(of_stage(members, "report")) == 2 * 4
+
+
+def test_nothing_is_frozen_where_every_run_failed(tmp_path: Path) -> None:
+    study = Study(Sweep(**PROTOCOL), SPACE)
+    members = sweep(study, tmp_path, lambda given: None)
+    assert len(members) == 2 * 3 * 3
+    assert incumbent.read(tmp_path) is None
 
 
 def test_a_record_of_the_protocol_has_no_empty_entry(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def test_members_that_cannot_be_made_are_listed_and_the_search_goes_on(
 ) -> None:
     words = [word for word in tiny_run if not word.startswith(("run_dir=", "method.r="))]
     folder = tmp_path / "sweep"
-    given = ["method.r=range(-5,0)", "sweep.search=optuna", "sweep.trials=3"]
+    given = ["method.r=range(-9,2)", "sweep.search=random", "sweep.trials=3"]
+    given += ["sweep.search_seed=1"]  # its first three are below 1
     assert cli.main(["-m", *words, *given, f"sweep_dir={folder}"]) == 1
     members = Ledger(folder).members()
     assert [m.state for m in members] == ["failed"] * 3
@@ -115,6 +116,7 @@ def test_members_that_cannot_be_made_are_listed_and_the_search_goes_on(
         (["method.r=1,2", "sweep.lr_scale={lroa: 2}"], "Did you mean lora"),
         (["method.r=1,2", "sweep.prune=off"], "none | median | predict"),
         (["method.r=1,2", "sweep.prune=median"], "trainer.eval_steps"),
+        (["method.r=range(-5,0)", "sweep.search=random"], "takes a whole number >= 1"),
     ],
 )
 def test_a_search_that_means_nothing_is_one_message(

@@ -151,7 +151,7 @@ def test_a_member_s_cost_is_that_of_finished_ones_of_its_kind(tmp_path: Path) ->
     words = [("method=lora", "seed=0"), ("method=lora", "seed=1"), ("method=ssf", "seed=0")]
     lora, other, ssf = (quick.Member(str(i), i, w) for i, w in enumerate(words))
     lora = dataclasses.replace(lora, state="done", seconds=7.0)
-    assert [cost.seconds_of(m, [lora, other, ssf]) for m in (lora, other, ssf)] == [7, 7, None]
+    assert list(cost.expected([lora, other, ssf]).values()) == [7, 7, None]
 
 
 # -- Claims ----------------------------------------------------------------------------------------
