@@ -16,9 +16,12 @@ from peftcli import cli, interrupts
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """The process's own, afterwards."""
+    """Python's own, whatever a shell that runs the tests in its background has set; afterwards
+    those of before.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -60,6 +63,8 @@ def test_the_same_error_without_a_signal_is_ours(
 def test_an_interrupted_import_is_not_a_failed_one(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     code = (
+        "import signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from peftcli import interrupts\n"
         "interrupts.until_a_run_has_its_own()\n"
         "try:\n    import slow\nexcept BaseException:\n    pass\n"

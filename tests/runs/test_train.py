@@ -120,10 +120,20 @@ def test_a_run_imports_neither_other_adapters_nor_a_compiler_nor_figures(
 
 
 def start(words: list[str], cache: Path, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "peftcli", *words]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment(cache), stderr=subprocess.PIPE, text=True
-    )
+    """A run in a process of its own that hears SIGINT, also where the tests run in a shell's
+    background, which has its jobs ignore it.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "peftcli", *words],
+            cwd=cwd,
+            env=environment(cache),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_forty_steps_interrupted_at_7_and_23_end_bit_identical(
