@@ -18,6 +18,7 @@ from peftcli.build import Parts
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, DataError
 from peftcli.export import adapter
+from peftcli.models.quiet import quiet
 
 BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")  # of configurations
 
@@ -57,7 +58,7 @@ def _publish(parts: Parts, folder: Path, aside: Path, metrics: Mapping[str, floa
 
 def save_model(parts: Parts, folder: Path) -> None:
     """The whole model without grafts, as transformers reads it."""
-    with parts.host.bare() as model:
+    with parts.host.bare() as model, quiet():
         attention = model.config._attn_implementation
         model.config._attn_implementation = "sdpa" if attention.startswith("peftcli") else attention
         model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Silence of transformers while it loads: our own messages say what matters."""
+"""Silence of transformers while it loads and saves: our own messages say what matters."""
 
 from __future__ import annotations
 
