@@ -352,6 +352,7 @@ def _adapter(cls: type) -> Any:
     return TypeAdapter(cls)
 
 
+@cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
