@@ -27,13 +27,11 @@ from peftcli.models import attention, compiled, inputs, load, tasks
 from peftcli.models.head import direct_head
 from peftcli.models.positions import refuse_long_rows
 from peftcli.models.source import Source, cache_dir, resolve
-from peftcli.settings import Run, Task
+from peftcli.settings import LABELLED, Run, Task
 from peftcli.train import device, streams
 from peftcli.train.estimate import Estimate
 from peftcli.train.evaluate import answer_freely, evaluate
 from peftcli.train.preview import Preview
-
-LABELLED = ("classification", "image_classification")  # heads have the classes of the data
 
 
 @dataclass

@@ -112,14 +112,14 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """Plain values, every interpolation looked up and nothing missing. An environment variable that
     holds a secret is refused: the configuration is written down.
     """
-    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
+    written = list(_leaves(OmegaConf.to_container(cfg, resolve=False)))
+    for key, value in written:
         if isinstance(value, str) and (secret := SECRET.search(value)):
             raise ConfigError(
                 f"{key}={value}: {secret[1]} looks like a secret, and configurations are written "
                 "into run folders. Whoever needs it reads it from the environment itself."
             )
     try:
-        missing = sorted(OmegaConf.missing_keys(cfg))
         tree = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as e:
         key, reason = e.full_key or "?", str(e).splitlines()[0]
@@ -130,6 +130,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
         for key, value in _leaves(tree)
         if not _is_finite(value)
     ]
+    missing = sorted(key for key, value in written if value == "???")
     if missing or wrong:
         check = Check(tree, [])
         raise ConfigError("\n".join([*map(check.must_be_given, missing), *wrong]))
@@ -156,16 +157,16 @@ class Check:
     def group(self, group: str) -> dict[str, Any]:
         """{group: its dataclass}."""
         node = self.tree.get(group)
-        choices = ", ".join(folders.choices(group, self.config_dirs))
         if not isinstance(node, dict):
             raise ConfigError(
-                f"{group}={_shown(node)}: is a group of keys; choose one of its files: {choices}."
+                f"{group}={_shown(node)}: is a group of keys; choose one of its files: "
+                f"{self._choices(group)}."
             )
         values = dict(node)
         target = values.pop("_target_", None)
         if not isinstance(target, str):
             raise ConfigError(
-                f"{group}._target_ is missing. Start from one of its files: {choices}."
+                f"{group}._target_ is missing. Start from one of its files: {self._choices(group)}."
             )
         if group == "optimizer":
             return {group: self.optimizer(target, values)}
@@ -218,12 +219,11 @@ class Check:
             key for key in missing if key not in cards.GROUPS
         ]:  # groups are checked each by itself
             raise ConfigError("\n".join(map(self.must_be_given, missing)))
-        for name, hint in typing.get_type_hints(cls).items():
-            inner = next(iter(typing.get_args(hint)), None)
-            if dataclasses.is_dataclass(inner) and isinstance(values.get(name), list):
-                for i, item in enumerate(values[name]):
-                    if isinstance(item, dict):
-                        self.keys(f"{_join(where, name)}[{i}]", typing.cast("type", inner), item)
+        for name, inner in _lists(cls).items():
+            items = values.get(name)
+            for i, item in enumerate(items if isinstance(items, list) else ()):
+                if isinstance(item, dict):
+                    self.keys(f"{_join(where, name)}[{i}]", inner, item)
 
     def checked(self, where: str, cls: type, values: Mapping[str, Any]) -> Any:
         """`cls` of the values, none unknown, none missing, each of its type."""
@@ -291,6 +291,9 @@ class Check:
         return self.checked("optimizer", settings.Optimizer, fields)
 
     # -- Words -------------------------------------------------------------------------------------
+    def _choices(self, group: str) -> str:
+        return ", ".join(folders.choices(group, self.config_dirs))
+
     def _no_key(self, key: str, siblings: list[str]) -> str:
         where = key.rpartition(".")[0]
         mine = [_join(where, name) for name in siblings]
@@ -355,6 +358,16 @@ def _adapter(cls: type) -> Any:
 @cache
 def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
+
+
+@cache
+def _lists(cls: Any) -> dict[str, type]:
+    """The keys of a dataclass that hold several of another."""
+    inner = {
+        name: next(iter(typing.get_args(hint)), None)
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+    return {name: kind for name, kind in inner.items() if dataclasses.is_dataclass(kind)}  # pyright: ignore[reportReturnType]
 
 
 @cache
@@ -427,7 +440,7 @@ def _near(value: Any, hint: Any) -> str:
     """The nearest word where words are to choose from; how to write a number as text."""
     words = [w.strip() for w in in_words(hint).split("|")]
     if isinstance(value, str):
-        return did_you_mean(value, words)
+        return did_you_mean(value, [w for w in words if " " not in w])
     return f" As text: \"'{value}'\"." if "text" in words and isinstance(value, int | float) else ""
 
 

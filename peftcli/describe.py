@@ -203,7 +203,8 @@ def _options(method: Any) -> str:
     """The fields that are not at their defaults, as the user would write them."""
     values = {k: v for k, v in vars(method).items() if v != getattr(type(method), k, None)}
     values = {k: v for k, v in values.items() if v not in ({}, ())}
-    return " ".join(f"{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in values.items())
+    words = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in values.items()}
+    return " ".join(f"{k}={v}" for k, v in words.items())
 
 
 def _training(parts: Parts, steps: Plan, cost: Estimate, memory: Memory | None) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _about_traits(card: Card) -> Table:
         ("family", has.family),
         ("data", ", ".join(has.modalities)),
         ("merging", "folds into the weights" if has.mergeable else "stays beside the weights"),
-        ("4 or 8 bits", "trains on such a base" if has.quantisable else "needs a full base"),
+        ("few bits", "trains on such a base" if has.quantisable else "needs a full base"),
         ("pre-pass", "looks at the task first, at least with some options")
         if has.pre_pass
         else ("pre-pass", "none"),

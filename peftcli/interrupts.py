@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 STOPPED = 75
+# Ctrl-C, a system that ends jobs, and what batch systems send before they do (submitit: the last)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 heard: list[int] = []  # signals that have ended, or are about to end, what was going on
 
@@ -19,22 +25,53 @@ def end_at_once(number: int, frame: FrameType | None) -> None:
 def until_a_run_has_its_own() -> None:
     """Have signals end this process by `KeyboardInterrupt`, until a run's own handlers exist."""
     heard.clear()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _stop)
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a shell's background jobs have it
-        signal.signal(signal.SIGINT, _stop)
+    for number in SIGNALS:
+        if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, stop)  # a shell's background jobs ignore SIGINT
     # a sweep blocks them while it forks
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Raise; but libraries take an interrupted import for a failed one, and go on without it."""
+def stop(number: int, frame: FrameType | None) -> NoReturn:
+    """A handler that raises; but libraries take an interrupted import for a failed one, and go on
+    without it.
+    """
     heard.append(number)
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            from peftcli.dist import causes
-
-            causes.record("stopped before training; nothing to save", STOPPED)
-            os._exit(STOPPED)
+            os._exit(recorded())
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+@contextmanager
+def heard_in_waits() -> Iterator[None]:
+    """While a library waits for other processes without coming back to the interpreter, which alone
+    calls handlers: signals end this process at once.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        while numbers := os.read(read, 1):
+            if numbers[0] in SIGNALS:
+                os._exit(recorded())
+
+    before = signal.set_wakeup_fd(write)  # the system's handler writes a signal's number there
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        thread.join()
+        os.close(read)
+
+
+def recorded() -> int:
+    """Leave word that this process was stopped; its exit code."""
+    from peftcli.dist import causes
+
+    causes.record("stopped before training; nothing to save", STOPPED)
+    return STOPPED

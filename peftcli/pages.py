@@ -61,7 +61,7 @@ TRAIN_HELP = """\
                       by default multirun/NAME/DATE_TIME, where the same line goes on
   --dry-run           with -m: list the members, which are done, and what the others will cost
   --retry-failed      with -m: run those that failed again
-  sweep.search=KIND   with -m: random, optuna or de instead; `peft-train explain sweep` tells more
+  sweep.search=KIND   with -m: random, optuna, de or metade; `peft-train explain sweep` tells more
   +table=NAME         with -m: the runs of a published table; `peft-train table +table` lists them
   -cd, --config-dir   a folder of your own with recipes/ and groups; what it holds wins over ours
   -cn, --config-name  a primary file other than config.yaml

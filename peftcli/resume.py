@@ -23,7 +23,7 @@ FREE = (
     "trainer.save_total_limit", "trainer.keep_bytes", "trainer.rehearse", "trainer.longest_first",
     "trainer.logging_steps", "trainer.num_threads",
     "trainer.per_device_eval_batch_size", "trainer.generate_samples", "trainer.metric_for_best",
-    "trainer.nonfinite_patience", "dataset.num_proc", "strategy.", "launch.",
+    "trainer.nonfinite_patience", "trainer.stop_after", "dataset.num_proc", "strategy.", "launch.",
 )  # fmt: skip
 # What may differ as long as a step has the same examples in the same order.
 PORTIONS = ("trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps")

@@ -19,7 +19,7 @@ from peftcli.build import Parts, adapt, build, empty_host, evaluator, training_c
 from peftcli.chat import answer_all, chat
 from peftcli.core.host import Host
 from peftcli.dist import environment, joining, launch, strategies
-from peftcli.errors import ConfigError, Stopped
+from peftcli.errors import ConfigError
 from peftcli.export import adapter, compare, publish
 from peftcli.methods import hft
 from peftcli.models import attention
@@ -31,7 +31,7 @@ from peftcli.train import device, loggers, optim, streams
 from peftcli.train.folder import Log, MetricsLog, NoLog, RunFolder
 from peftcli.train.loop import Loop
 from peftcli.train.plan import Plan, Progress
-from peftcli.train.signals import Stopper, StopRequested
+from peftcli.train.signals import Stopper
 
 
 def train(run: Run, cfg: DictConfig) -> int:
@@ -44,7 +44,8 @@ def train(run: Run, cfg: DictConfig) -> int:
     started, is_main = datetime.now(UTC), environment.rank_in_environment() == 0
     cfg, folder = environment.with_numbers(cfg), RunFolder(Path(run.run_dir))
     screen = LiveScreen() if is_main else hidden_screen()
-    with Stopper(quiet=not is_main) as stopper, out_of_memory() as running, ExitStack() as held:
+    stopper = Stopper(not is_main, training=False, stop_after=run.trainer.stop_after)
+    with stopper, out_of_memory() as running, ExitStack() as held:
         start = resume.Start()
         if is_main:
             held.enter_context(folder.locked())
@@ -52,15 +53,11 @@ def train(run: Run, cfg: DictConfig) -> int:
         parts = None if start.finished else build(run, sharding=strategies.shards(run))
         strategy = held.enter_context(joining.joined(run, cfg, device.current()))
         start = start.shared(strategy.ranks)
-        stopper.ranks = strategy.ranks
         if start.finished or parts is None:
             return 0
-        try:
-            stopper.poll()
-        except StopRequested as request:
-            raise Stopped(f"stopped by {request} before training; nothing to save") from None
         parts.strategy = strategy
         adapt(parts)
+        stopper.begin(strategy.ranks)
         loop = make_loop(parts, cfg, folder, screen, stopper)
         running.parts, running.plan = parts, loop.plan
         describe.plan(parts, loop.plan, loop.optimizer)
@@ -248,8 +245,9 @@ def export(
     as_json: bool = False,
 ) -> int:
     """Write a run's adapter for others: as an adapter, or merged into the model, with the outputs
-    compared. `onto` says which weights a run on quantised ones is merged into; `half_reset` is the
-    seed of the half of the model's tensors that goes back to the base's.
+    compared, or as what it changes of the model's tensors. `onto` says which weights a run on
+    quantised ones is merged into; `half_reset` is the seed of the half of the model's tensors that
+    goes back to the base's.
     """
     if folder is None:
         raise ConfigError(
@@ -268,6 +266,8 @@ def export(
         raise ConfigError("--onto is for merging a run on quantised weights; leave it out.")
     if half_reset is not None and (to != "merged" or is_quantised):
         raise ConfigError("--half-reset goes with --to merged, of a run on unquantised weights.")
+    if to == "delta" and is_quantised:
+        raise ConfigError("--to delta is of a run on unquantised weights; take --to adapter.")
     exact = replace(
         run, model=replace(run.model, dtype="float32"), trainer=replace(run.trainer, bf16=False)
     )
@@ -276,6 +276,10 @@ def export(
         parts = trained_parts(exact, folder, with_data=to == "merged")
         if to == "adapter":
             publish.publish(parts, output, {})
+        elif to == "delta":
+            publish.fold(parts.host)
+            base = build(exact, with_data=False).model
+            result["tensors_changed"] = publish.save_delta(parts.host, base, output)
         elif half_reset is not None:
             result |= reset_half(exact, parts, output, half_reset)
         elif is_quantised:

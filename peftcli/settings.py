@@ -19,6 +19,7 @@ Offload = Literal["none", "optimizer", "parameters"]
 Loss = Literal["cross_entropy", "tfew"]
 Kernels = Literal["auto", "reference", "require"]
 Task = Literal["causal_lm", "seq2seq", "classification", "regression", "image_classification"]
+LABELLED: tuple[Task, ...] = ("classification", "image_classification")  # choose among classes
 Format = Literal[
     "auto",
     "chat",
@@ -135,6 +136,9 @@ class Trainer:
     metric_for_best: str = "auto"  # auto: accuracy, pearson or loss, by the task
     logging_steps: Positive = 1
     nonfinite_patience: Positive = 3  # steps in a row with non-finite numbers before the run stops
+    stop_after: Annotated[float, Gt(0.0)] | None = (
+        None  # seconds of one start, after which the run saves and stops as by a signal
+    )
     num_threads: Positive | None = None  # CPU threads; None: the process's share of the cores
     compile: bool = False  # transformer blocks through torch.compile
     kernels: Kernels = (
@@ -281,8 +285,8 @@ class Sweep:
     )
     workers: Positive = 1  # processes that another launcher starts, each with its own `jobs`
     launcher_options: dict[str, Any] = field(default_factory=dict)  # arguments of that launcher
-    search: Literal["grid", "random", "optuna", "de"] = (
-        "grid"  # optuna: its TPE, of the extra `optuna`; de: differential evolution
+    search: Literal["grid", "random", "optuna", "de", "metade"] = (
+        "grid"  # optuna: its TPE; de: differential evolution; metade: MetaDE on a surrogate
     )
     trials: Positive | None = None  # settings tried of each `compare`; None: all, or 20 of no end
     search_seed: int = 0  # of what is drawn
@@ -309,6 +313,7 @@ class Sweep:
         default_factory=dict
     )  # method or its family: factor on the optimizer.lr that is swept
     prune: Literal["none", "median", "predict"] = "none"  # stop runs that will not be the best
+    prune_model: Literal["ols", "svr"] = "ols"  # of predict: least squares, or a nu-SVR (sklearn)
     prune_after: Positive = 5  # finished runs before any is stopped; predict: 20 at least
     prune_from: Fraction = 0.2  # part of a run's steps before it may be stopped
     match_parameters: str | None = (

@@ -110,6 +110,16 @@ def ancestry(target: str) -> tuple[Class, ...]:
     return (cls, *(a for base in cls.bases for a in ancestry(base))) if cls else ()
 
 
+def assigned(module: str, name: str) -> str | None:
+    """What a file of ours, or the one that it imports the name from, says after `name = `."""
+    if (found := source(module)) is None:
+        return None
+    if name in found.imports:
+        return assigned(found.imports[name], name)
+    value = re.search(rf"^{name} = (.*\n(?:[ )\]].*\n)*)", found.text, re.MULTILINE)
+    return value[1] if value else None
+
+
 def class_value(target: str, name: str) -> Any:
     """What a class says of itself under `name`, or its first base that does; None where none
     does, or where it depends on the options (a property).

@@ -16,13 +16,9 @@ def bits_of(run: Run, config: PreTrainedConfig | None = None) -> str:
     hold them. Raises `ConfigError` where these cannot be read, or not so.
     """
     asked = run.quantization.name
-    found = quantise.stored_as(
-        config or load.load_config(resolve(run.model, cache_dir()), run.model)
-    )
-    if found is None:
-        return asked
-    quantise.refuse_stored(run.model.name_or_path, found, asked)
-    return found
+    config = config or load.load_config(resolve(run.model, cache_dir()), run.model)
+    quantise.refuse_stored(run.model.name_or_path, config, asked)
+    return quantise.stored_as(config) or asked
 
 
 def refuse(run: Run, bits: str) -> None:
@@ -31,8 +27,12 @@ def refuse(run: Run, bits: str) -> None:
         return
     strategies.refuse_bits(run, bits)
     if not run.method.on_quantised:
+        in_files = bits != run.quantization.name
+        what = (
+            f"{run.model.name_or_path} is stored in {bits}" if in_files else f"quantization={bits}"
+        )
         raise ConfigError(
-            f"quantization={bits}: {type(run.method).__name__} changes the base's own weights, "
-            "which cannot train in 4 or 8 bits. Use quantization=none and a model that is stored "
-            "plain; `peft-train methods --quantisable` lists the methods that can."
+            f"{what}: {type(run.method).__name__} changes the base's own weights, which cannot "
+            "train in few bits. Use quantization=none and a model that is stored plain; "
+            "`peft-train methods --quantisable` lists the methods that can."
         )

@@ -67,6 +67,7 @@ trainer.eval_steps: eval_every eval_interval evals_per_epoch val_check_interval
 trainer.save_steps: save_every save_interval saves_per_epoch
 trainer.save_total_limit: keep_checkpoints max_checkpoints
 trainer.logging_steps: log_steps log_interval log_every_n_steps
+trainer.stop_after: max_time time_limit max_hours max_seconds
 trainer.metric_for_best: metric_for_best_model
 dataset.path: data data_path dataset_name dataset_path train_file datasets data_files
 dataset.format: dataset_type data_format

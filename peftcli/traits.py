@@ -13,7 +13,7 @@ from functools import cache
 from peftcli.sources import Class, Source, ancestry, class_at, class_value, files_of, source
 
 DELTA, FOLDING = "peftcli.core.delta.Delta", "peftcli.core.delta.WeightDelta"
-_PRE_PASS = re.compile(r"\b(each_gradient|mean_gradients|each_input|data\.batches)\(")
+_PRE_PASS = re.compile(r"\b(each_gradient|mean_gradients|each_input|input_grams|data\.batches)\(")
 
 
 @dataclass(frozen=True)

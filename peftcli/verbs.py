@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # What `methods` chooses by, besides family, modality and format.
 TRAITS = {
     "mergeable": "folds into the weights",
-    "quantisable": "trains on a base of 4 or 8 bits",
+    "quantisable": "trains on a base of few bits",
     "pre-pass": "looks at the task before it trains",
 }
 
@@ -114,7 +114,10 @@ def export(words: list[str]) -> int:
         "Write a run folder's adapter, or its model with the adapter merged in, for other tools.",
     )
     parser.add_argument(
-        "--to", choices=["adapter", "merged"], default="merged", help="what to write (merged)"
+        "--to",
+        choices=["adapter", "merged", "delta"],
+        default="merged",
+        help="what to write (merged); delta: each tensor of the merged model less the base's",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="a new or empty folder"

@@ -16,6 +16,7 @@ PACKAGES = (
     "hydra-core",
     "bitsandbytes",
     "optuna",
+    "scikit-learn",
 )
 
 

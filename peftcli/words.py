@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import types
 import typing
 from functools import cache
 from typing import Annotated, Any, Literal
 
 import annotated_types
+from annotated_types import Predicate
 
 from peftcli import settings
-from peftcli.sources import ancestry
+from peftcli.sources import ancestry, assigned
 
 _SIMPLE = {
     types.NoneType: "null",
@@ -47,17 +49,30 @@ def allowed_values(group: str, target: str) -> dict[str, str]:
 
 def _of_source(target: str) -> dict[str, str]:
     """What the fields of a method's class take, its bases' first, read from its source."""
-    fields = [item for cls in reversed(ancestry(target)) for item in cls.fields.items()]
-    annotations = {name: ast.unparse(field.annotation) for name, field in fields}
-    return {n: _evaluated(a) for n, a in annotations.items() if not a.startswith("ClassVar")}
+    annotations = {
+        name: (ast.unparse(field.annotation), cls.module)
+        for cls in reversed(ancestry(target))
+        for name, field in cls.fields.items()
+    }
+    return {n: _evaluated(*a) for n, a in annotations.items() if not a[0].startswith("ClassVar")}
 
 
 @cache
-def _evaluated(annotation: str) -> str:
-    """An annotation of our own source in words; as it stands where it uses names of its own."""
-    names = {**vars(typing), **vars(annotated_types)}
+def _evaluated(annotation: str, module: str) -> str:
+    """An annotation of our own source in words; as it stands where a name of it cannot be found."""
+    names = {**vars(typing), **vars(annotated_types), "re": re}
+
+    def value(text: str) -> Any:
+        while True:
+            try:
+                return eval(text, names)
+            except NameError as e:
+                if e.name is None or (alias := assigned(module, e.name)) is None:
+                    raise
+                names[e.name] = value(alias)
+
     try:
-        return in_words(eval(annotation, names))
+        return in_words(value(annotation))
     except NameError:
         return annotation
 
@@ -67,9 +82,10 @@ def in_words(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         bounds = [_BOUNDS[type(mark)] + (mark,) for mark in args[1:] if type(mark) in _BOUNDS]
-        return " ".join(
-            [in_words(args[0]), " and ".join(f"{s} {getattr(m, a):g}" for s, a, m in bounds)]
-        )
+        limits = [f"{s} {getattr(m, a):g}" for s, a, m in bounds]
+        tests: list[Any] = [mark.func for mark in args[1:] if isinstance(mark, Predicate)]
+        forms = [f"like {fullmatch.__self__.pattern}" for fullmatch in tests]
+        return f"{in_words(args[0])} {' and '.join(limits + forms)}"
     if origin is Literal:
         return " | ".join(str(a) for a in args)
     if origin in (typing.Union, types.UnionType):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,13 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
+def connect_here(own: socket.socket, address: Any, plain: Any = socket.socket.connect) -> None:
+    """Connect to processes of this machine; refuse what is elsewhere."""
+    if own.family != socket.AF_UNIX and address[0] not in ("localhost", "127.0.0.1", "::1"):
+        raise OSError(f"a run asked the network for {address}")
+    plain(own, address)
+
+
 @dataclass(frozen=True)
 class Done:
     """What a command printed, and its exit code."""
@@ -61,10 +69,12 @@ def cli(
     """`peft-train` with these words, in an empty folder; `code` is the exit code to expect.
 
     In this process: a fresh one spends seconds on imports. Tests of signals start their own.
+    Nothing outside of this machine is reached.
     """
     for name, value in environment(cache).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
 
     def run(*words: object, code: int | None = 0) -> Done:
         capsys.readouterr()

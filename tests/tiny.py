@@ -132,21 +132,48 @@ def models() -> dict[str, Callable[[], PreTrainedModel]]:
 
 
 def quantised(model: PreTrainedModel, kind: str) -> PreTrainedModel:
-    """The model with its blocks' linears in bitsandbytes' 4 bits (`nf4`) or 8 bits (`int8`)."""
+    """The model with its blocks' linears in bitsandbytes' 4 bits (`nf4`) or 8 bits (`int8`), or in
+    4 packed bits drawn anew (`gptq`).
+    """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path == "lm_head":
             continue
         sizes, bias = (module.in_features, module.out_features), module.bias is not None
+        if kind == "gptq":
+            setattr(*_place(model, path), _packed(module))
+            continue
         if kind == "nf4":
             new: nn.Module = Linear4bit(*sizes, bias, compute_dtype=torch.float32, quant_type="nf4")
         else:
             new = Linear8bitLt(*sizes, bias, has_fp16_weights=False)
         new.load_state_dict(module.state_dict())
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new.to("cpu"))
+        setattr(*_place(model, path), new.to("cpu"))
     return model.eval()
+
+
+def _place(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Where a module hangs, and by which name."""
+    parent, _, name = path.rpartition(".")
+    return model.get_submodule(parent), name
+
+
+def _packed(linear: nn.Linear) -> nn.Module:
+    """A packed linear of the same size, with weights of about the same size, in act-order."""
+    from peftcli.core.packed import PackedLinear, Packing
+
+    packing, sizes = Packing(4, 16), (linear.in_features, linear.out_features)
+    shapes = packing.shapes(linear.out_features, linear.in_features)
+    stored = {
+        "qweight": torch.randint(-(2**31), 2**31, shapes["qweight"], dtype=torch.int32),
+        "qzeros": torch.full(shapes["qzeros"], 0x77777777, dtype=torch.int32),
+        "scales": torch.full(shapes["scales"], 0.004, dtype=torch.float16),
+        "g_idx": torch.randperm(linear.in_features).int() % shapes["scales"][0],
+    }
+    new = PackedLinear(packing, *sizes, stored, torch.float32)
+    new.settle()
+    return new
 
 
 def batch(name: str, rows: int = 2, length: int = 9) -> dict[str, Tensor]:

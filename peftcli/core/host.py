@@ -261,21 +261,24 @@ class Host:
         self._saved.setdefault(path, set()).add(self.building)
         self.select(f"{path}.{name}" for name, _ in module.named_parameters())
 
-    def select(self, names: Iterable[str]) -> None:
-        """Train these parameters of the base itself. They are made float32: updates are smaller
-        than bfloat16 resolves. Raises `ConfigError`, before it changes any, where one is quantised.
+    def select(self, names: Iterable[str], *, widen: bool = True) -> None:
+        """Train these parameters of the base itself. They are made float32 (`widen`): updates are
+        smaller than bfloat16 resolves. Raises `ConfigError`, before it changes any, where one is
+        quantised.
         """
         parameters = {name: self.model.get_parameter(name) for name in names}
         for name, parameter in parameters.items():
             if not parameter.is_floating_point():
                 raise ConfigError(
-                    f"{name} is stored in 4 or 8 bits ({parameter.dtype}): quantised weights "
-                    "cannot be trained."
+                    f"{name} is stored in few bits ({parameter.dtype}): quantised weights cannot "
+                    "be trained."
                 )
         for name, parameter in parameters.items():
-            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             self._selected.setdefault(name, set()).add(self.building)
+            if not widen:
+                continue
+            parameter.data = parameter.data.float()
             owner = self.model.get_submodule(name.rpartition(".")[0])
             scale = owner._parameters.get("weight")
             if scale is not None and scale.ndim == 1:  # a norm takes all of its own in one type

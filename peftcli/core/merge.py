@@ -39,8 +39,9 @@ def folded(model: nn.Module) -> Weights:
             continue
         if weights.is_quantised(module):
             raise ConfigError(
-                f"{path} is stored in 4 or 8 bits: merging would round the adapter away. Keep it "
-                "apart (--to adapter), or merge into the original weights (quantization=none)."
+                f"{path} is stored in {weights.bits(module)} bits: merging would round the adapter "
+                "away. Keep it apart (--to adapter), or merge into the original weights "
+                "(quantization=none)."
             )
         if not hasattr(module, "weight"):
             raise ConfigError(
@@ -118,7 +119,7 @@ def _pass_on_shifts(model: nn.Module, found: Weights) -> None:
         for linear in linears:
             module: Any = model.get_submodule(linear)
             if weights.is_quantised(module):
-                raise ConfigError(f"{linear} is stored in 4 or 8 bits and takes no shift; {APART}")
+                raise ConfigError(f"{linear} is quantised and takes no shift; {APART}")
             W, b = found.get(linear, (weights.dense(module), module.bias))
             moved = W @ shifts[path].to(W.dtype)
             found[linear] = (W, moved if b is None else b + moved)

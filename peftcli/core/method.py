@@ -65,6 +65,7 @@ class Method:
     family: ClassVar[str] = ""
     modalities: ClassVar[tuple[str, ...]] = ("text", "image")  # kinds of data that it trains on
     peft_type: ClassVar[str | None] = None  # name in Hugging Face peft, where it has the method
+    also_reads: ClassVar[tuple[str, ...]] = ()  # further types of peft's files that mean it
     hf_fields: ClassVar[Mapping[str, str]] = {}  # our field: peft's field
     hf_harmless: ClassVar[frozenset[str]] = (
         frozenset()
@@ -79,7 +80,7 @@ class Method:
     lays_tokens: ClassVar[bool] = False  # lays tokens of its own before a row: rows are not packed
     packs: ClassVar[bool] = True  # takes several examples in one row
     fills_mask: ClassVar[bool] = False  # answers classes by words, through a masked-language head
-    on_quantised: ClassVar[bool] = True  # trains on a base of 4 or 8 bits
+    on_quantised: ClassVar[bool] = True  # trains on a base of few bits
     size_option: ClassVar[str | None] = None  # the field by which more or fewer numbers train
     patterns: ClassVar[tuple[str, ...]] = ()  # fields whose keys mean some of `target_modules`
 

@@ -1,4 +1,6 @@
-"""The main directions of the inputs of layers, over a few batches; leading singular vectors."""
+"""What the inputs of layers are like, over a few batches: their main directions, and their Gram
+matrices; leading singular vectors.
+"""
 
 from __future__ import annotations
 
@@ -104,6 +106,29 @@ def principal_inputs(
 
     each_input(host.model, sites, data, n, take, after)
     return found
+
+
+def input_grams(host: Host, sites: Sequence[Site], data: Calibration, n: int) -> dict[str, Tensor]:
+    """sum x x' (I, I) in float64 of every site's inputs over `n` batches, by name; sites that see
+    the same tensor (q, k, v) share one. Padding is left out.
+    """
+    grams: dict[str, Tensor] = {}
+    seen: list[tuple[Tensor, Tensor]] = []  # this batch's inputs, kept alive, each with its matrix
+    now: list[Any] = []
+
+    def add(site: Site, x: Tensor, batch: Any) -> None:
+        if not now or now[0] is not batch:
+            now[:] = [batch]
+            seen.clear()
+        shared = next((G for other, G in seen if _is_same(x, other)), None)
+        if shared is None:
+            rows = _rows(x, data.tokens(batch, source=True)).double()
+            shared = grams.setdefault(site.name, rows.new_zeros(site.d_in, site.d_in))
+            seen.append((x, shared.add_(rows.T @ rows)))
+        grams[site.name] = shared
+
+    each_input(host.model, sites, data, n, add)
+    return grams
 
 
 def _is_same(x: Tensor, other: Tensor) -> bool:

@@ -4,6 +4,7 @@ weight.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -76,6 +77,16 @@ class RowsDelta(Delta):
     def index(self, role: str) -> Tensor:
         """The output rows (K,) of the role."""
         return self.get_buffer(f"index_{role}")
+
+    def side_by_side(self, columns: Mapping[str, Tensor]) -> Tensor:
+        """One matrix (O, sum of R) of each role's `columns` (K, R), zero on other rows."""
+        parts = list(columns.values())
+        wide = parts[0].new_zeros(self.d_out, sum(part.shape[1] for part in parts))
+        start = 0
+        for role, part in columns.items():
+            wide[self.index(role), start : start + part.shape[1]] = part.detach()
+            start += part.shape[1]
+        return wide
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         """The layer's output with each role's rows replaced by its delta's."""

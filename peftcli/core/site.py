@@ -18,6 +18,11 @@ from peftcli.models.roles import Layout
 Rows = tuple[tuple[int, int], ...]
 
 
+def path_of(model: nn.Module, module: nn.Module) -> str:
+    """Where a module of the model is."""
+    return next(path for path, m in model.named_modules() if m is module)
+
+
 @dataclass(frozen=True)
 class Site:
     """A module of the model with its role.

@@ -3,8 +3,8 @@
 Every weight is shown to the equations as a dense (O, I) matrix: a convolution's kernel is flattened
 to (O, I/groups * kernel), GPT-2's `Conv1D` gives its transpose, an embedding table (V, D) is the
 linear map of one-hot rows and so gives (D, V), a norm's scale (C,) gives (C, 1), with the 1 that
-Gemma's kind adds to it. Weights in bitsandbytes' 4 or 8 bits are shown dequantised, exactly as
-their own product sees them.
+Gemma's kind adds to it. Weights in few bits (bitsandbytes', or packed by GPTQ or AWQ) are
+shown dequantised, exactly as their own product sees them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
+
+from peftcli.core.packed import PackedLinear
 
 _CHANNELS_FIRST = (_ConvNd, _NormBase, nn.GroupNorm)
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -42,12 +44,14 @@ def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether the weight is stored in bitsandbytes' 4 or 8 bits."""
+    """Whether the weight is stored in 8 bits or fewer."""
     return bits(module) is not None
 
 
 def bits(module: nn.Module) -> int | None:
-    """4 or 8 where the weight is quantised, else None."""
+    """In how many bits the weight is quantised; None where it is not."""
+    if isinstance(module, PackedLinear):
+        return module.packing.bits
     return {"Params4bit": 4, "Int8Params": 8}.get(type(getattr(module, "weight", None)).__name__)
 
 
@@ -128,6 +132,8 @@ def _bare_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _dequantised(module: Any, weight: Any) -> Tensor:
+    if isinstance(module, PackedLinear):
+        return module.dequantised()
     if type(weight).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
@@ -149,7 +155,7 @@ def shape(module: nn.Module) -> tuple[int, int]:
 
 
 def sizes(model: nn.Module) -> dict[nn.Parameter, int]:
-    """How many numbers each parameter holds; those in 4 bits are packed two in a byte."""
+    """How many numbers each parameter holds; those in few bits are several in a byte or word."""
     found = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
     for module in model.modules():
         if is_quantised(module):
@@ -176,7 +182,9 @@ def write(module: nn.Module, W: Tensor, b: Tensor | None) -> None:
 
 @torch.no_grad()
 def requantise(module: nn.Module, W: Tensor) -> None:
-    """Store `W` (O, I) in a quantised module, in the bits and the way of the weight it has."""
+    """Store `W` (O, I) in a module of bitsandbytes', in the bits and the way of the weight it
+    has.
+    """
     m, old = cast(Any, module), cast(Any, weight_of(module))
     dtype = dense(module).dtype
     if bits(module) == 8:

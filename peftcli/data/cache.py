@@ -8,7 +8,6 @@ the JSON file last, so a reader finds a whole entry or none. A damaged entry cou
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import save_file
 
+from peftcli import written
 from peftcli.data.examples import Arrays
-from peftcli.data.sources import digest
+from peftcli.disk import sha256, sync
 
 DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8, "BOOL": np.bool_, "F64": np.float64}
 CHECKED = (
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
     """The name of what these ingredients give."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
+    return written.digest(ingredients)[:32]
 
 
 def load(folder: Path, key: str, ingredients: Mapping[str, Any]) -> Entry | str | None:
@@ -53,7 +53,7 @@ def load(folder: Path, key: str, ingredients: Mapping[str, Any]) -> Entry | str 
         return f"{described.name} was made from something else"
     if flat.stat().st_size != given[1]:
         return f"{flat.name} has {flat.stat().st_size} bytes instead of {given[1]}"
-    if given[1] <= CHECKED and digest(flat) != given[2]:
+    if given[1] <= CHECKED and sha256(flat) != given[2]:
         return f"{flat.name} has another content than when it was written"
     return Entry(_mapped(flat), info)
 
@@ -68,19 +68,14 @@ def save(
     described = {
         "ingredients": ingredients,
         "bytes": aside.stat().st_size,
-        "hash": digest(aside),
+        "hash": sha256(aside),
         **info,
     }
-    _sync(aside)
+    sync(aside)
     aside.replace(folder / f"{key}.safetensors")
     aside.write_text(json.dumps(described, indent=1))
-    _sync(aside)
+    sync(aside)
     aside.replace(folder / f"{key}.json")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _mapped(path: Path) -> Arrays:

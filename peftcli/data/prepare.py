@@ -29,7 +29,7 @@ from peftcli.data.records import Labelled, Picture, Record, class_names
 from peftcli.data.render import Renderer
 from peftcli.data.split import Sides, draw, half, hold_out, shares, smallest, without
 from peftcli.errors import DataError
-from peftcli.settings import Dataset, Task
+from peftcli.settings import LABELLED, Dataset, Task
 
 VERSION = 1  # raise it when this package makes other examples from the same input
 NOT_IN_KEY = ("packing", "group_by_length", "num_proc")  # they do not change the examples
@@ -219,7 +219,7 @@ def _split(part: Part, task: Task, quota: int | None, stats: dict[str, Any]) -> 
 def _labels(train: Sequence[Record], task: Task, parts: Sequence[Part]) -> tuple[str, ...] | None:
     """Classes or answer choices."""
     choices = next((p.cfg.choices for p in parts if p.cfg.choices), ())
-    if task not in ("classification", "image_classification"):
+    if task not in LABELLED:
         return choices or None
     labels = [r.content.label for r in train if isinstance(r.content, Labelled | Picture)]
     known = [label for label in labels if not isinstance(label, float)]

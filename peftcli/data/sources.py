@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 from peftcli.data import embedded
 from peftcli.data.files import SUFFIXES, Row, is_data_file, read_file, table_rows
+from peftcli.disk import sha256, write_whole
 from peftcli.errors import ConfigError, DataError, did_you_mean, nearest
 from peftcli.settings import Dataset
 
@@ -94,12 +94,6 @@ def _no_such_file(path: Path) -> str:
     return f"dataset.path={str(path)!r}: no such file in {folder.resolve()}. {there} Give {LOCAL}."
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @dataclass(frozen=True)
 class Embedded:
     """A set of the package."""
@@ -109,7 +103,7 @@ class Embedded:
 
     def fingerprint(self) -> dict[str, Any]:
         """By the packed file."""
-        return {"embedded": self.name, "sha256": digest(embedded.file_of(self.name))}
+        return {"embedded": self.name, "sha256": sha256(embedded.file_of(self.name))}
 
     def read(self) -> list[Row]:
         """All rows, unclear ones included."""
@@ -129,7 +123,7 @@ class Files:
 
     def fingerprint(self) -> dict[str, Any]:
         """By names and bytes."""
-        return {"files": {path.name: digest(path) for path in self.paths}}
+        return {"files": {path.name: sha256(path) for path in self.paths}}
 
     def read(self) -> list[Row]:
         """All rows of all files."""
@@ -208,7 +202,7 @@ class Saved:
 
     def fingerprint(self) -> dict[str, Any]:
         """By names and bytes of its files."""
-        return {"files": {p.name: digest(p) for p in sorted(self.folder.iterdir()) if p.is_file()}}
+        return {"files": {p.name: sha256(p) for p in sorted(self.folder.iterdir()) if p.is_file()}}
 
     def read(self) -> list[Row]:
         """Its rows, in its order."""
@@ -249,9 +243,7 @@ class Hub:
         if not kept.is_file():
             commit = self._ask()
             kept.parent.mkdir(parents=True, exist_ok=True)
-            aside = kept.with_name(f"{kept.name}.{os.getpid()}")
-            aside.write_text(commit)
-            aside.replace(kept)
+            write_whole(kept, commit)
         return kept.read_text()
 
     def _ask(self) -> str:

@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from peftcli.disk import write_whole
+from peftcli.errors import Stopped
+
 FOLDER = "PEFTCLI_CAUSES"  # in the environment of ranks that our launcher started
 MEMBER = "PEFTCLI_MEMBER"  # in that of a sweep's member: its run folder
 TORCHRUN = "TORCHELASTIC_ERROR_FILE"  # in that of all ranks that torch's agents started
@@ -30,25 +33,20 @@ class Cause:
 
 
 def record(text: str, exit_code: int) -> bool:
-    """Write down why this process ends; False where it is no rank, or nobody would show it."""
+    """Write down why this process ends; whether somebody else shows it: the launcher, or rank 0."""
     rank = os.environ.get("RANK")
     folder, torchruns = os.environ.get(FOLDER), os.environ.get(TORCHRUN)
     cause = Cause(int(rank or 0), text, exit_code, time.time())
     if rank is None:
         if member := os.environ.get(MEMBER):
-            _write(Path(member) / OF_MEMBER, asdict(cause))
+            write_whole(Path(member) / OF_MEMBER, json.dumps(asdict(cause)))
         return False
     if torchruns:
-        _write(Path(torchruns), {"message": text, "timestamp": str(int(cause.time))})
+        told = {"message": text, "timestamp": str(int(cause.time))}
+        write_whole(Path(torchruns), json.dumps(told))
     if folder:
-        _write(Path(folder) / f"cause-{rank}.json", asdict(cause))
-    return bool(folder)
-
-
-def _write(path: Path, value: object) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(value), encoding="utf-8")
-    aside.replace(path)
+        write_whole(Path(folder) / f"cause-{rank}.json", json.dumps(asdict(cause)))
+    return bool(folder) or (exit_code == Stopped.exit_code and rank != "0")  # all are stopped alike
 
 
 def first(folder: Path, exit_codes: Mapping[int, int]) -> Cause:

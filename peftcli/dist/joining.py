@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
+from peftcli import interrupts, written
 from peftcli.dist import stalls
 from peftcli.dist.environment import is_rank
 from peftcli.dist.ranks import Group, Ranks
@@ -31,7 +32,9 @@ def joined(run: Run, cfg: DictConfig, device: torch.device) -> Iterator[Single]:
         return
     on_gpu = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=run.launch.timeout))
+    _refuse_unknown_host()
+    with interrupts.heard_in_waits():
+        dist.init_process_group(backend, timeout=timedelta(seconds=run.launch.timeout))
     with Watch(Path(run.run_dir), dist.get_rank(), run.launch.timeout) as watch:
         ranks = Group(device, watch.alive)
         try:
@@ -53,7 +56,7 @@ def _lost(e: RuntimeError, ranks: Ranks, run: Run) -> str:
     return (
         f"rank {ranks.rank} lost the others, of which one has ended, or has not answered for "
         f"launch.timeout={run.launch.timeout:g} seconds ({reason}). Where ranks stood that no "
-        f"longer answered: {run.run_dir}/{stalls.NAME.format('*')}"
+        f"longer answered: {run.run_dir}/{stalls.name('*')}"
     )
 
 
@@ -63,10 +66,25 @@ def _leave(ranks: Ranks) -> None:
     dist.destroy_process_group()
 
 
+def _refuse_unknown_host() -> None:
+    """Raise `ConfigError` where the name of rank 0's node means nothing here, which torch would
+    try again and again.
+    """
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    try:
+        socket.getaddrinfo(host, None)
+    except socket.gaierror as e:
+        if e.errno != socket.EAI_AGAIN:  # of a server of names that is busy
+            raise ConfigError(
+                f"MASTER_ADDR={host}: the node of rank 0 is not known by this name on "
+                f"{socket.gethostname()}. Set MASTER_ADDR to an address of it."
+            ) from None
+
+
 def _refuse_other_configurations(ranks: Ranks, cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     own = {k: v for k, v in config.items() if k not in ("run_dir", "launch")}
-    digest = hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()
+    digest = written.digest(own)
     for rank, theirs in enumerate(ranks.exchange(digest)):
         if theirs != digest:
             raise ConfigError(

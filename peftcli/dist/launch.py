@@ -26,13 +26,14 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from peftcli import interrupts
 from peftcli.dist import causes, stalls
 from peftcli.dist.environment import is_rank
 from peftcli.errors import ConfigError, RankEnded, Stopped
 from peftcli.screen import say
 from peftcli.settings import Launch, Run
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (*interrupts.SIGNALS, signal.SIGHUP)
 FILE = "config.yaml"  # of the ranks, in a folder of their own
 GRACE = 10  # seconds that ranks have to end once one of them has failed
 
@@ -57,8 +58,9 @@ def start(run: Run, cfg: DictConfig) -> None:
     """Run this node's ranks to their end, again from the newest checkpoint where they were killed
     or broke down. Raises `RankEnded` with what ended them early.
     """
+    stalls.forget(Path(run.run_dir))
     for left in range(run.launch.max_restarts, -1, -1):
-        cause = _attempt(run, cfg)
+        cause = _attempt(run, cfg, run.launch.max_restarts - left)
         if cause is None:
             return
         if not left or cause.exit_code != RankEnded.exit_code:
@@ -68,14 +70,12 @@ def start(run: Run, cfg: DictConfig) -> None:
             cfg.resume = "auto"
 
 
-def _attempt(run: Run, cfg: DictConfig) -> causes.Cause | None:
-    """Run the ranks once; what ended them early, or None."""
+def _attempt(run: Run, cfg: DictConfig, restarts: int) -> causes.Cause | None:
+    """Run the ranks once, after so many `restarts`; what ended them early, or None."""
     launch = run.launch
-    stalls.forget(Path(run.run_dir))
-    with tempfile.TemporaryDirectory(prefix="peftcli-") as name:
+    with tempfile.TemporaryDirectory(prefix="peftcli-") as name, _telling(name, restarts):
         folder = Path(name)
         OmegaConf.save(cfg, folder / FILE, resolve=True)
-        os.environ[causes.FOLDER] = name
         try:
             agent = _agent(launch, folder)
             with _quiet(), _forwarding(agent) as forwarded:
@@ -86,8 +86,6 @@ def _attempt(run: Run, cfg: DictConfig) -> causes.Cause | None:
                 f"other ({e}). Start the same command on all launch.nnodes={launch.nnodes} "
                 "nodes, with launch.node_rank=0, 1, ..."
             ) from None
-        finally:
-            del os.environ[causes.FOLDER]
         if not result.is_failed():
             return None
         exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -156,6 +154,18 @@ def num_processes(launch: Launch) -> int:
 def num_ranks(run: Run) -> int:
     """Ranks on all nodes."""
     return 1 if run.strategy.name == "single" else num_processes(run.launch) * run.launch.nnodes
+
+
+@contextmanager
+def _telling(folder: str, restarts: int) -> Iterator[None]:
+    """What ranks find in their environment: where to leave what ends them, and which start it is."""
+    told = {causes.FOLDER: folder, stalls.RESTARTS[0]: str(restarts)}
+    os.environ |= told
+    try:
+        yield
+    finally:
+        for key in told:
+            del os.environ[key]
 
 
 @contextmanager

@@ -119,6 +119,7 @@ class Group(Ranks):
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
         """One all-reduce on the CPU."""
+        self.alive()
         held = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(held)
         return tuple(held.tolist())

@@ -29,22 +29,24 @@ def start_alike(host: Host, ranks: Ranks) -> None:
 
 
 @torch.no_grad()
-def sum_gradients(host: Host, ranks: Ranks) -> None:
+def sum_gradients(host: Host, ranks: Ranks, *numbers: float) -> tuple[float, ...]:
     """Sum the gradients of everything that trains over the ranks, in the order of the names, in
-    float32, but of what sums itself. The loss is divided by the totals of all ranks already, so a
-    sum is the mean.
+    float32, but of what sums itself; with them go `numbers`, whose sums are returned. The loss is
+    divided by the totals of all ranks already, so a sum is the mean.
 
     A gradient that no rank has stays away; one that only some have is 0 on the others.
     """
     if ranks.size == 1:
-        return
+        return numbers
     shares = host.shares
     trained = [p for n, p in host.trained().items() if n not in shares or not shares[n].reduces]
     device = trained[0].device if trained else torch.device("cpu")
-    have = torch.tensor([float(p.grad is not None) for p in trained], device=device)
-    ranks.sum_([have])
-    kept = [p for p, n in zip(trained, have.tolist(), strict=True) if n]
-    for p in kept:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    ranks.sum_(p.grad for p in kept if p.grad is not None)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    have = [float(p.grad is not None) for p in trained]
+    told = torch.tensor([*numbers, *have], device=device)
+    ranks.sum_([*grads, told])  # in one message, where few numbers train
+    summed = told.tolist()
+    for p, grad, n in zip(trained, grads, summed[len(numbers) :], strict=True):
+        if n and p.grad is None:
+            p.grad = grad
+    return tuple(summed[: len(numbers)])

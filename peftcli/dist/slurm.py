@@ -8,27 +8,32 @@ from __future__ import annotations
 import re
 from collections.abc import MutableMapping
 
-PORTS = (20_000, 20_000)  # first, and how many: where the ranks of a job meet, by its number
+# First, and how many: where the ranks of a step meet, by the numbers of its job and its own; below
+# those that systems give away themselves (Linux: from 32768).
+PORTS = (20_000, 12_000)
+STEPS = 1_009  # ports between two steps of a job, so that they are seldom those of its neighbours
 
 
 def translate(environ: MutableMapping[str, str]) -> None:
     """Give a task of a Slurm step the names that torchrun gives a rank, but for those that are
-    there. A batch script, which is in a job and in no step, is no rank.
+    there. Who is alone in a step is no rank, nor is a batch script or a shell of `salloc`, which
+    are in no step: the tasks that they name (`SLURM_NTASKS`) are those that `srun` would start.
     """
-    in_script = "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ
-    number, size = environ.get("SLURM_PROCID"), environ.get("SLURM_NTASKS", "1")
-    if number is None or size == "1" or in_script or "RANK" in environ:
+    number, size = environ.get("SLURM_PROCID"), environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if number is None or size == "1" or "RANK" in environ:
         return
     sees_one_gpu = environ.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # that is its own
     local = "0" if sees_one_gpu else environ.get("SLURM_LOCALID", number)
-    job = int(environ.get("SLURM_JOB_ID", "0"))
+    job, step = (int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    is_one_node = environ.get("SLURM_STEP_NUM_NODES") == "1"  # which need not know its own name
+    nodes = "localhost" if is_one_node else environ.get("SLURM_STEP_NODELIST", "localhost")
     names = {
         "RANK": number,
         "WORLD_SIZE": size,
         "LOCAL_RANK": local,
         "LOCAL_WORLD_SIZE": str(_on_this_node(environ, int(size))),
-        "MASTER_ADDR": _first_host(environ.get("SLURM_STEP_NODELIST", "localhost")),
-        "MASTER_PORT": str(PORTS[0] + job % PORTS[1]),
+        "MASTER_ADDR": _first_host(nodes),
+        "MASTER_PORT": str(PORTS[0] + (job + STEPS * step) % PORTS[1]),
     }
     for name, value in names.items():
         environ.setdefault(name, value)

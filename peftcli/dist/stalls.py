@@ -13,8 +13,15 @@ from typing import TextIO
 
 from peftcli.errors import ConfigError
 
-NAME = "stacks-rank-{}.txt"  # in the run folder, of a rank that made no progress
-SHARE = 0.9  # of launch.timeout, after which it is written
+ALL = "stacks-rank-*.txt"  # in the run folder, of ranks that made no progress
+RESTARTS = ("PEFTCLI_RESTARTS", "TORCHELASTIC_RESTART_COUNT")  # our launcher's, and torch's
+SHARE = 0.9  # of launch.timeout, after which they are written
+
+
+def name(rank: int | str) -> str:
+    """The file of a rank at this start of the run; each start again has its own."""
+    again = next((n for key in RESTARTS if (n := int(os.environ.get(key, 0)))), 0)
+    return f"stacks-rank-{rank}{f'-restart-{again}' if again else ''}.txt"
 
 
 class Watch:
@@ -24,7 +31,7 @@ class Watch:
     """
 
     def __init__(self, folder: Path, rank: int, timeout: float) -> None:
-        self.path, self.seconds = folder / NAME.format(rank), SHARE * timeout
+        self.path, self.seconds = folder / name(rank), SHARE * timeout
         self._file: TextIO
 
     def __enter__(self) -> Watch:
@@ -59,17 +66,17 @@ class Watch:
 
 
 def forget(folder: Path) -> None:
-    """Before another start."""
-    for path in folder.glob(NAME.format("*")):
+    """What earlier runs in the folder left."""
+    for path in folder.glob(ALL):
         path.unlink()
 
 
 def told(folder: Path, silent: Iterable[int], timeout: float) -> str | None:
-    """Which ranks no longer answered and where they stood, where the run in the folder ended by
-    that. `silent`: ranks that left no word, which alone come into question.
+    """Which ranks no longer answered and where they stood, where this start of the run in the
+    folder ended by that. `silent`: ranks that left no word, which alone come into question.
     """
-    files = {rank: folder / NAME.format(rank) for rank in silent}
-    written = [path for path in folder.glob(NAME.format("*")) if path.stat().st_size]
+    files = {rank: folder / name(rank) for rank in silent}
+    written = [path for path in folder.glob(name("*")) if path.stat().st_size]
     if not files or not written:
         return None
     said = []

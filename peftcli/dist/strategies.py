@@ -45,8 +45,11 @@ class Single:
         optimizer what a rank steps.
         """
 
-    def reduce(self, host: Host) -> None:
-        """After the last backward pass of a step: the gradients of the whole step on every rank."""
+    def reduce(self, host: Host, *numbers: float) -> tuple[float, ...]:
+        """After the last backward pass of a step: the gradients of the whole step on every rank,
+        and the sums over ranks of `numbers`, which go with them.
+        """
+        return numbers
 
     def clip(self, host: Host, max_norm: float | None) -> float:
         """Hand the gradients to the optimizer, scaled down to `max_norm`; returns the norm that
@@ -76,9 +79,9 @@ class Replicated(Single):
         """The adapter of rank 0 everywhere."""
         replicate.start_alike(host, self.ranks)
 
-    def reduce(self, host: Host) -> None:
+    def reduce(self, host: Host, *numbers: float) -> tuple[float, ...]:
         """Sums over the ranks."""
-        replicate.sum_gradients(host, self.ranks)
+        return replicate.sum_gradients(host, self.ranks, *numbers)
 
 
 class Divided(Replicated):
@@ -158,11 +161,12 @@ class Zero(Divided):
             told = ds_config.of_partitions(self.settings)
             self.keeper = zero.partition(host, told, device)
 
-    def reduce(self, host: Host) -> None:
+    def reduce(self, host: Host, *numbers: float) -> tuple[float, ...]:
         """Sums over the ranks; weights that the backward pass left gathered are let go."""
-        super().reduce(host)
+        sums = super().reduce(host, *numbers)
         if self.shards:
             self.keeper.release_backward_leftovers()
+        return sums
 
     @contextmanager
     def whole(self, host: Host, everything: bool) -> Iterator[bool]:
@@ -216,7 +220,7 @@ def refuse_bits(run: Run, stored: str) -> None:
     """Raises `ConfigError` where the strategy would cut up weights that are `stored` quantised."""
     if shards(run):
         raise ConfigError(
-            f"{_named(run)}: cannot cut up weights in quantization={stored}. Use strategy=ddp, "
+            f"{_named(run)}: cannot cut up weights that are stored in {stored}. Use strategy=ddp, "
             "where every rank holds them whole, or quantization=none and a model that is stored "
             "plain."
         )

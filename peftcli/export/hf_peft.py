@@ -91,8 +91,9 @@ def readable() -> dict[str, tuple[type[Method], ...]]:
         cls: type[Method] = getattr(importlib.import_module(module), name)
         if cls.family == "bridge":
             continue  # reads what no other does
-        if cls.peft_type is not None and cls not in found.get(cls.peft_type, ()):
-            found[cls.peft_type] = (*found.get(cls.peft_type, ()), cls)
+        for kind in (cls.peft_type, *cls.also_reads):
+            if kind is not None and cls not in found.get(kind, ()):
+                found[kind] = (*found.get(kind, ()), cls)
     return found
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
 from peftcli.build import Parts
@@ -20,6 +21,7 @@ from peftcli.errors import ConfigError, DataError
 from peftcli.export import adapter
 from peftcli.models.quiet import quiet
 
+DELTA = "delta.safetensors"
 BIAS_SWITCHES = ("attention_bias", "mlp_bias", "use_bias", "qkv_bias")  # of configurations
 
 
@@ -78,6 +80,22 @@ def merge(parts: Parts, folder: Path) -> None:
     """
     fold(parts.host)
     save_model(parts, folder)
+
+
+def save_delta(host: Host, base: nn.Module, folder: Path) -> int:
+    """Write {name: tuned - base} of every parameter that changed, in float32, as
+    `delta.safetensors`; what the base does not have (a bias that merging added) was zero there.
+    Returns how many there are.
+    """
+    held, changes = dict(base.named_parameters()), {}
+    with host.bare() as model:
+        for name, tuned in model.named_parameters():
+            start = held[name].float() if name in held else torch.zeros(())
+            if (change := (tuned.detach().float() - start).cpu()).any():
+                changes[name] = change.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(changes, folder / DELTA, metadata={"format": "pt"})
+    return len(changes)
 
 
 def fold(host: Host) -> None:

@@ -4,6 +4,8 @@ A row holds segments one after the other; each sees itself, causally, and before
 its prefix, another segment of the row. One sdpa call a segment: on the CPU that takes a quarter of
 the time of a dense mask over 1,024 tokens in 8 segments, and 0.74 of the time of one autograd node
 around the same kernel calls (16 segments behind a shared prefix of 16, 510 tokens, 2026-11).
+Segments of one length that see themselves alone are a batch, one call: 0.8 of the time for 4 of 256
+tokens, 0.7 for 16 of 50.
 """
 
 from __future__ import annotations
@@ -64,6 +66,15 @@ def packed_attention(
     if not grouped:
         k, v = (_each_head(t, q.shape[1]) for t in (k, v))
         held = None if before is None else tuple(_each_head(t, q.shape[1]) for t in before)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        options = {"is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, **options)
+
+    if before is None and (n := rows_of_one_length(segments)):
+        q, k, v = (t[0].unflatten(1, (n, -1)).transpose(0, 1) for t in (q, k, v))
+        y = attend(q, k, v, None)
+        return y.transpose(1, 2).flatten(0, 1)[None]
     # split, not slices: the backward pass of a slice fills a whole row with zeros
     lengths = [segment.stop - segment.start for segment in segments]
     parts = [t.split(lengths, 2) for t in (q, k, v)]
@@ -79,9 +90,17 @@ def packed_attention(
             T = q_s.shape[2]
             k_s, v_s = (torch.cat(t, 2) for t in zip(*seen, (k_s, v_s), strict=True))
             mask = behind_prefix(k_s.shape[2] - T, T, q.device)
-        options = {"is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
-        outputs.append(F.scaled_dot_product_attention(q_s, k_s, v_s, mask, dropout, **options))
+        outputs.append(attend(q_s, k_s, v_s, mask))
     return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def rows_of_one_length(segments: Sequence[Segment]) -> int:
+    """How many segments there are, if all are as long as the first and see themselves alone: then
+    the row is a batch. Else 0.
+    """
+    length = segments[0].stop
+    alike = all(s.stop - s.start == length and s.prefix_stop == s.prefix_start for s in segments)
+    return len(segments) if alike else 0
 
 
 def packed_attention_ref(

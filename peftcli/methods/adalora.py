@@ -279,11 +279,6 @@ def _triplets(delta: Delta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if isinstance(delta, AdaLoRADelta):
         return delta.A, delta.E, delta.B, delta.kept | (delta.E.detach()[:, 0] != 0)
     assert isinstance(delta, RowsDelta), type(delta)
-    parts = [(delta.index(role), *_triplets(delta.part(role))) for role in delta.parts]
-    A, E, alive = (torch.cat([part[i] for part in parts]) for i in (1, 2, 4))
-    B = A.new_zeros(delta.d_out, len(A))
-    column = 0
-    for index, _, _, part, _ in parts:
-        B[index, column : column + part.shape[1]] = part.detach()
-        column += part.shape[1]
-    return A, E, B, alive
+    parts = {role: _triplets(delta.part(role)) for role in delta.parts}
+    A, E, alive = (torch.cat([part[i] for part in parts.values()]) for i in (0, 1, 3))
+    return A, E, delta.side_by_side({role: part[2] for role, part in parts.items()}), alive

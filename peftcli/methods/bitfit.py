@@ -13,7 +13,8 @@ models without biases `add_missing_bias` gives the linears zero ones: an extensi
 The paper's control trains as many weights drawn at random (`random_entries`): if biases were
 nothing special, these would do as well. Every matrix gets its share by size. Vectors, to which the
 authors' split gives next to nothing, get none, and all positions differ, where the authors draw
-with replacement.
+with replacement. Of their other controls the head alone is `method=partial method.preset=head`, and
+whole rows and columns are left out.
 """
 
 from __future__ import annotations

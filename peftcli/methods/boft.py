@@ -32,7 +32,7 @@ from peftcli.core.method import Method
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
 from peftcli.kernels.block_rotation import block_rotation
-from peftcli.methods.oft import (
+from peftcli.methods.rotation import (
     RotationDelta,
     cayley,
     identity_like,

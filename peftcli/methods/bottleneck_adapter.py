@@ -20,7 +20,8 @@ its mean over the sequence. `leave_out` drops layers as AdapterDrop does (Rueckl
 u is read before the base's own dropout, also in BERT, whose adapters read it behind. In a model
 where attention and feed-forward share one sum, the feed-forward's r is nothing. Wirings in which
 the residual would count twice or not at all are refused; the libraries compute them. A gate is
-refused where tokens are generated: its mean would read the tokens to come.
+refused where tokens are generated: its mean would read the tokens to come. Files are in our own
+format; that of the library `adapters` is not written.
 """
 
 from __future__ import annotations

@@ -9,14 +9,15 @@ An adapter whose matrices are sums of n Kronecker products: n^3 numbers, shared 
 what adapters have in common, and a thin product what is each layer's own.
 
 Variants: `compacter` behind self-attention and feed-forward, `compacter++` behind feed-forward
-alone, `phm` with a rule A and whole W_i of its own in every layer. The norms of the base train too.
+alone, `phm` with a rule A and whole W_i of its own in every layer; and `low_rank`, which the paper
+compares with: no rules, H = s t with s (I, R), t (R, O). The norms of the base train too.
 With factors H is never made: x is seen as (n, p), and three small products follow. With whole W_i
 it is made: a token costs I O multiplications either way, and n times the memory without. Where
 rules are shared they start at N(0, phm_init_range^2), so small that the start is the base to 1e-7;
 those of `phm` at N(0, 0.01^2), whatever the range, as in the code. `factorized_rule` makes A_i =
 l_i r_i' of two vectors with the same start, which the code gives each by itself. The code's
-`low_rank` adapter (a plain one of two factors) is right for rank 1 alone there, and is left out
-here.
+`low_rank` multiplies its factors entry by entry, right for rank 1 alone; here they are matrices.
+What is published keeps the products' parts; it is not spread into a plain adapter of H.
 """
 
 from __future__ import annotations
@@ -121,6 +122,19 @@ class PHM(nn.Module):
         return h.flatten(-2) + self.b.to(h.dtype)
 
 
+class LowRank(nn.Module):
+    """y = x s t + b, without rules."""
+
+    def __init__(self, I: int, O: int, rank: int) -> None:  # noqa: E741
+        super().__init__()
+        self.s, self.t = _xavier(1, I, rank), _xavier(1, rank, O)
+        self.b = nn.Parameter(torch.zeros(O))  # (O,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return x @ self.s[0].to(x.dtype) @ self.t[0].to(x.dtype) + self.b.to(x.dtype)
+
+
 @dataclass(frozen=True)
 class Compacter(Method):
     """Adapters of Kronecker products, behind self-attention and feed-forward."""
@@ -128,7 +142,7 @@ class Compacter(Method):
     family: ClassVar[str] = "adapter"  # starts at the base to 1e-7
     size_option: ClassVar[str | None] = "reduction_factor"
 
-    variant: Literal["compacter", "compacter++", "phm"] = "compacter"
+    variant: Literal["compacter", "compacter++", "phm", "low_rank"] = "compacter"
     n: Annotated[int, Ge(1)] = 4
     reduction_factor: Annotated[float, Gt(0)] = 32.0
     rank: Annotated[int, Ge(1)] = 1
@@ -139,17 +153,25 @@ class Compacter(Method):
     act: Activation = "gelu_new"
     train_layernorm: bool = True
 
+    def __post_init__(self) -> None:
+        """Refuse options of rules where there are none."""
+        if self.variant == "low_rank" and (self.factorized_rule or self.shared_w):
+            raise ConfigError(
+                "method.factorized_rule and method.shared_w are of rules, which "
+                "method.variant=low_rank does not have."
+            )
+
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """One shared rule, and an adapter at every place."""
         positions = ("ffn",) if self.variant == "compacter++" else ("attn", "ffn")
         subs = places(host, positions, ())
         widths = {sub.end.d_out for sub in subs}
-        for D in widths:
+        for D in widths if self.variant != "low_rank" else ():
             self._check(D)
         if self.shared_w and len(widths) > 1:
             raise ConfigError(f"method.shared_w=true needs one width; here are {sorted(widths)}.")
         held = nn.ModuleDict()
-        if self.variant != "phm":
+        if self.variant in ("compacter", "compacter++"):
             held["rule"] = self._rule()
         if self.shared_w:
             D = next(iter(widths))
@@ -164,7 +186,7 @@ class Compacter(Method):
 
     def width(self, D: int) -> int:
         """The bottleneck: D / reduction_factor, and no narrower than the rules."""
-        return max(self.n, int(D / self.reduction_factor))
+        return max(1 if self.variant == "low_rank" else self.n, int(D / self.reduction_factor))
 
     def _check(self, D: int) -> None:
         for name, size in (("width", D), ("bottleneck", self.width(D))):
@@ -183,7 +205,9 @@ class Compacter(Method):
         return Weights(self.n, I // self.n, O // self.n, rank)
 
     def _core(self, D: int, held: nn.ModuleDict) -> Bottleneck:
-        def layer(I: int, O: int, name: str) -> PHM:  # noqa: E741
+        def layer(I: int, O: int, name: str) -> nn.Module:  # noqa: E741
+            if self.variant == "low_rank":
+                return LowRank(I, O, self.rank)
             rule = (held["rule"],) if "rule" in held else self._rule()
             weights = (held[name],) if name in held else self._weights(I, O)
             return PHM(self.n, O, rule, weights)  # pyright: ignore[reportArgumentType]

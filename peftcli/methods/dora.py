@@ -8,7 +8,8 @@ a trained length m and a direction that LoRA trains, and they start at those of 
 ||V_i||^2 = ||W_i||^2 + 2 s (W A')_i . B_i + s^2 B_i (A A') B_i' needs no (O, I) temporary, where
 peft forms B A. As in the paper's section 4.3 the norm is a constant of the backward pass
 (`detach_norm`). m does not decay, since decay would shrink the weight itself; peft decays it.
-Targets of `magnitude_only_modules` train m alone, as in the paper's ablation.
+Targets of `magnitude_only_modules` train m alone, as in the paper's ablation. The factors may start
+as LoRA's do without a look at the data (`init`, `lora_init.py`): V is W at first in any case.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from peftcli.errors import ConfigError
 from peftcli.kernels.dora_linear import dora_linear
 from peftcli.kernels.dropout import dropout
 from peftcli.methods.lora import LoRADelta
-from peftcli.methods.lora_init import INITS
+from peftcli.methods.lora_init import DatalessInit, init_of
 from peftcli.methods.low_rank import LowRank
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class DoRADelta(MagnitudeDelta):
     def norm(self, W: Tensor) -> Tensor:
         """||V_i|| (O,) from three thin products, block by block for a grouped convolution."""
         G, s = self.lora.groups, self.lora.scale
-        A, B = (M.view(G, -1, M.shape[1]) for M in (self.lora.A, self.lora.B))
+        A, B = (M.view(G, -1, M.shape[1]) for M in self.lora.factors())
         WA = W.to(A.dtype).view(G, -1, W.shape[1]) @ A.mT  # (G, O/G, R/G)
         cross = 2 * s * (WA * B).sum(-1) + s**2 * (B @ (A @ A.mT) * B).sum(-1)
         return (self.square(W) + cross.flatten()).clamp_min(1e-24).sqrt()
@@ -125,7 +126,8 @@ class DoRADelta(MagnitudeDelta):
             Wx = self.without_bias(y, layer)
         g = self.gain(W)
         x = x.to(y.dtype) if x.is_floating_point() else x
-        h = layer.mix(layer.linear(x, lora.A.to(y.dtype)), lora.B.to(y.dtype))
+        A, B = lora.factors()
+        h = layer.mix(layer.linear(x, A.to(y.dtype)), B.to(y.dtype))
         return y + self.along(g - 1, y) * Wx + self.along(g * lora.scale, y) * h
 
     def _on_plain(self, x: Tensor, layer: Layer, p: float) -> Tensor:
@@ -133,7 +135,7 @@ class DoRADelta(MagnitudeDelta):
         W, b, lora = layer.weight, layer.bias, self.lora
         seen = dropout(x, p) if p else x
         rest = layer.linear(x - seen, W, b) if p else b
-        return dora_linear(seen, W, rest, lora.A, lora.B, self.gain(W), lora.scale)
+        return dora_linear(seen, W, rest, *lora.factors(), self.gain(W), lora.scale)
 
 
 @dataclass(frozen=True)
@@ -146,13 +148,15 @@ class DoRA(LowRank):
     alpha: Annotated[float, Gt(0)] = 64.0
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
     target_modules: str | tuple[str, ...] = ("q", "k", "v", "up", "down")
+    init: DatalessInit = "default"
     detach_norm: bool = True
     magnitude_only_modules: str | tuple[str, ...] = ()
 
     def build(self, site: Site) -> DoRADelta:
-        """Magnitudes with a fresh pair of factors."""
+        """Magnitudes with a pair of factors, started as `init` says."""
         lora = LoRADelta(site, self.rank(site), self.scale(site), self.dropout)
-        INITS["default"](lora, site)
+        if site.device.type != "meta":
+            init_of(self.init)(lora, site)
         return DoRADelta(site, lora, self.detach_norm)
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:

@@ -2,14 +2,17 @@
 
     theta' = theta - lr * update        for all theta but those that `freeze` names
 
-Weights stay float32 while products may run in bfloat16: lr times update lies below half a unit in
-the last place of a bfloat16 weight, and would be lost.
+Weights stay float32 while products may run in bfloat16: lr times update often lies below half a
+unit in the last place of a bfloat16 weight, and would be lost. `master_weights=none` saves that
+memory all the same; there is no stochastic rounding in its place. What a run changed, theta' -
+theta, is what `peft-train export RUN --to delta` writes: it reads the base again, so that nothing
+is kept for it while training.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from transformers import PreTrainedModel
 
@@ -28,20 +31,25 @@ class Full(Method):
     """All weights of the model train."""
 
     family: ClassVar[str] = "selective"
-    trains_base: ClassVar[bool] = True
     publishes_model: ClassVar[bool] = True
     on_quantised: ClassVar[bool] = False
 
     freeze: tuple[str, ...] = ()
     train_embeddings: bool = True
     train_head: bool = True
+    master_weights: Literal["fp32", "none"] = "fp32"
+
+    @property
+    def trains_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """In float32, unless the weights stay in the type of the products."""
+        return self.master_weights == "fp32"
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Select every parameter that nothing freezes; tied tensors once."""
         frozen = self._frozen(host)
         names = [n for n, p in host.model.named_parameters() if p not in frozen and not is_own(n)]
         host.matched[host.building] = {"all weights": len(names)}
-        host.select(names)
+        host.select(names, widen=self.master_weights == "fp32")
 
     def _frozen(self, host: Host) -> set[Any]:
         named = dict(host.model.named_parameters(remove_duplicate=False))

@@ -13,11 +13,12 @@ interpretation, chosen by `form`:
     mul       W * (1 + s M_B M_A), the map of HiRA (Huang et al., ICLR 2025), which peft has
     mul_pure  W * (M_B M_A), starting at the matrix of ones
     affine    W * (1 + s M_B M_A) + s M_D M_C, a scale and a shift
+    two_masks W * (1 + s u v') = W + s diag(u) W diag(v), a mask of rows and one of columns: `mul`
+              of rank 1, whatever `r` is
 
-`mul` at r = 1 is a pair of masks, W * (1 + u v'), that is W + diag(u) W diag(v). Starts, targets
-and the scale are ours too. Dropout on the input would drop the base as well; `weight_dropout` drops
-entries of the low-rank change instead. Gradients shrink with |W|, so the learning rate is to be
-larger than LoRA's.
+Starts, targets and the scale are ours too. Dropout on the input would drop the base as well;
+`weight_dropout` drops entries of the low-rank change instead. Gradients shrink with |W|, so the
+learning rate is to be larger than LoRA's.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site
 from peftcli.kernels.modulated_linear import modulated_linear
-from peftcli.methods.loha import kaiming
+from peftcli.methods.low_rank import kaiming
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
 
-Form = Literal["mul", "mul_pure", "affine"]
+Form = Literal["mul", "mul_pure", "affine", "two_masks"]
 
 
 class HUTDelta(WeightDelta):
@@ -104,15 +105,20 @@ class HUT(Method):
     weight_dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     target_modules: str | tuple[str, ...] = ("q", "v")
 
+    @property
+    def rank(self) -> int:
+        """That of the modulation."""
+        return 1 if self.form == "two_masks" else self.r
+
     def build(self, site: Site) -> HUTDelta:
         """One pair of factors for the site, or two."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.r
-        return HUTDelta(site, self.r, scale, self.form, self.weight_dropout)
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        return HUTDelta(site, self.rank, scale, self.form, self.weight_dropout)
 
     # -- Hugging Face peft -------------------------------------------------------------------------
     def hf_refuses(self, host: Host, name: str) -> str | None:
         """HiRA is `mul`; its convolutions and embeddings keep other factors than ours."""
-        if self.form != "mul":
+        if self.form in ("mul_pure", "affine"):
             return f"peft has no form={self.form}"
         part = next((s for s in host.sites[name] if s.rows or s.kind != "linear"), None)
         return part and f"peft has no such delta at {part.name}"
@@ -126,4 +132,4 @@ class HUT(Method):
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:
         """What peft wants to know of the modules."""
         modules = [site.module for site in host.sites[name]]
-        return {"fan_in_fan_out": all(isinstance(m, Conv1D) for m in modules)}
+        return {"r": self.rank, "fan_in_fan_out": all(isinstance(m, Conv1D) for m in modules)}

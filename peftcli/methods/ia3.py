@@ -12,7 +12,8 @@ The keys are scaled before rotary positions and before a norm of the keys, as in
 A gated feed-forward is scaled once, at the input of `down`: the authors scale the output of `up`,
 which is the same function. The default places are the paper's; peft's own lists name q in place of
 k for some models (gemma, qwen2, phi), and `target_modules` can say the same. The three losses of
-the paper's recipe (T-Few), which compare answer choices, are `trainer.loss=tfew`.
+the paper's recipe (T-Few), which compare answer choices, are `trainer.loss=tfew`. Rows of one batch
+with different vectors, one task each, are left out: an adapter is active for all of them.
 """
 
 from __future__ import annotations

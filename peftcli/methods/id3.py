@@ -3,6 +3,7 @@ Agarwal, Ramesh, Sengupta, Chakraborty, TACL 2025, arXiv 2408.14470.
 
     W'.flat[p_k] = W.flat[p_k] + v_k        p, v (K,) over all targets; K grows from 0 to B
     H = |g| / (|w| + eps)^exp               of every entry w that still rests, with its gradient g
+    H = -|w|                                with criterion=magnitude: the smallest first
 
 A budget of B scalars is spent evenly: each of T steps unmasks for good the B / T resting entries of
 the largest H over all targets. So positions are chosen while training shows what matters, and about
@@ -13,8 +14,10 @@ all entries, as that of a dense masked Adam, and so is an update. Departures fro
 the number of entries is exact, nothing is masked again, ties go by target, then by flat index; the
 candidates are the weights of `target_modules`, never biases and norms; gradients are clipped by the
 norm of the unmasked, there by that of all (the order of H is the same); values are changes of W,
-rounded once, there W itself. Its other modes are methods of their own, but for the fixed mask of
-the first step's gradients, which is `max_steps=1`.
+rounded once, there W itself. Of its other modes the fixed mask of the first step's gradients is
+`max_steps=1`; PaFi, the smallest weights from the first step on, is that with
+`criterion=magnitude`; BitFit is a method of its own. A budget drawn anew at every step is left out:
+what it trains is no sparse change. Fisher information, g^2, orders entries as `exp=0` does.
 
 `over` spends the budget on the parameters of another method instead (the code's ID3-LoRA): they are
 unmasked step by step (`unmasking.py`), and what is published is an adapter of that method.
@@ -26,7 +29,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -149,6 +152,7 @@ class ID3(Method):
 
     budget: Annotated[int, Ge(1)] | None = None
     density: Annotated[float, Gt(0), Le(1)] = 0.0017
+    criterion: Literal["gradient", "magnitude"] = "gradient"
     exp: Annotated[float, Ge(0)] = 0.0
     eps: Annotated[float, Gt(0)] = 1e-3
     max_steps: Annotated[int, Ge(1)] | None = None
@@ -258,7 +262,7 @@ class ID3(Method):
         for (site, delta), g in zip(sites, grads, strict=True):
             H = self.score(g, lambda site=site: site.weight.flatten())
             inside = (taken >= delta.start) & (taken < delta.start + len(H))
-            H[taken[inside] - delta.start] = -1.0  # below every score
+            H[taken[inside] - delta.start] = -math.inf  # below every score
             best = first_largest(H, min(n, len(H)))
             found.append((H[best], best + delta.start, g[best]))
         H, positions, g = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -276,7 +280,11 @@ class ID3(Method):
             self.inner.finish(host)
 
     def score(self, g: Tensor, weights: Callable[[], Tensor]) -> Tensor:
-        """H = |g| / (|w| + eps)^exp, all flat (N,); the weights are asked for where they count."""
+        """H = |g| / (|w| + eps)^exp, or -|w|, all flat (N,); the weights are asked for where they
+        count.
+        """
+        if self.criterion == "magnitude":
+            return -weights().to(g.dtype).abs()
         if not self.exp:
             return g.abs()
         return g.abs() / (weights().to(g.dtype).abs() + self.eps) ** self.exp

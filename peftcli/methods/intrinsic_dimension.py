@@ -9,20 +9,19 @@ Zettlemoyer, Gupta, ACL 2021, arXiv 2012.13255; roots in Li et al. 2018 (1804.08
     P_i v = (S G Pi S B v_pad)[:D_i] / sqrt(D_i sum(G^2))      over L = 2^ceil(log2 D_i) entries
 
 S is the Walsh-Hadamard transform, B random signs, Pi a permutation, G normal numbers: a random
-projection that is never stored as a matrix. The smallest d that reaches 90 % of full fine-tuning
-measures how hard a task is for a model.
+projection that is never stored as a matrix (`fastfood.py`). The smallest d that reaches 90 % of
+full fine-tuning measures how hard a task is for a model.
 
 What is kept is v, lambda and the seed: signs, permutation and normal numbers come from a hash of
-the seed and a tensor's name, whatever the order, process or device. They are held in memory, 8
-bytes a weight, since drawing them anew would cost more than the transforms. A fresh head trains as
-it is and is not counted. A group is a transformer block, and one for all that lies outside of them;
-the authors' code counts each tensor, and two more numbers, one of them dead. `grad_scale=official`
-gives the gradient of v that this code's transforms give, smaller by 1/L_i for tensor i.
+the seed and a tensor's name, whatever the order, process or device. A fresh head trains as it is
+and is not counted. A group is a transformer block, and one for all that lies outside of them; the
+authors' code counts each tensor, and two more numbers, one of them dead. `grad_scale=official`
+gives the gradient of v that this code's transforms give, smaller by 1/L_i for tensor i. The
+smallest d itself is found by a sweep over `method.d` beside a run of `method=full`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +29,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from peftcli.core import weights
 from peftcli.core.delta import Delta, NotMergeable
@@ -42,83 +39,12 @@ from peftcli.core.layer import Layer
 from peftcli.core.method import Method
 from peftcli.core.site import Site, expression
 from peftcli.errors import ConfigError
-from peftcli.kernels.hadamard import walsh
+from peftcli.methods.fastfood import Dense, Fastfood
 from peftcli.train.streams import generator
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
     from peftcli.core.scores import Calibration
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two from n on."""
-    return 1 << (n - 1).bit_length()
-
-
-class Fastfood(nn.Module):
-    """P v = (S G Pi S B v_pad)[:D] / sqrt(D sum(G^2)), (D,), for v (d,).
-
-    Behind v there are zeros, so its transform repeats a short one, of the power of two from d on:
-    what Pi takes from it is looked up in that.
-    """
-
-    def __init__(self, D: int, d: int, draw: torch.Generator) -> None:
-        super().__init__()
-        L = power_of_two(D)
-        self.D, self.d = D, min(d, L)
-        self.B: Tensor
-        self.slots: Tensor
-        self.G: Tensor
-        signs = torch.randint(2, (L,), generator=draw, dtype=torch.int8) * 2 - 1
-        order = torch.randperm(L, generator=draw, dtype=torch.int32)  # out[k] = in[order[k]]
-        self.register_buffer("B", signs[: self.d].clone(), persistent=False)  # (d,)
-        slots = order % min(power_of_two(self.d), L)
-        self.register_buffer("slots", slots, persistent=False)  # (L,)
-        self.register_buffer("G", torch.randn(L, generator=draw), persistent=False)  # (L,)
-        self.norm = math.sqrt(D * self.G.double().square().sum().item())
-
-    @property
-    def gradient_shrinks(self) -> int:
-        """By how much the authors' transforms make the gradient of v smaller: L."""
-        return len(self.G)
-
-    def forward(self, v: Tensor) -> Tensor:
-        """P v."""
-        short = min(power_of_two(self.d), len(self.G))
-        h = walsh(F.pad(v[: self.d] * self.B, (0, short - self.d)))
-        return walsh(_Lookup.apply(h, self.slots) * self.G)[: self.D] / self.norm
-
-
-class _Lookup(torch.autograd.Function):
-    """table[slots], where many slots are the same: the gradient is a sum over each."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
-        ctx.length = len(table)
-        return table.index_select(0, slots)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (slots,) = ctx.saved_tensors
-        (g,) = grad_outputs
-        return g.new_zeros(ctx.length).index_add_(0, slots, g), None
-
-
-class Dense(nn.Module):
-    """P v, P (D, d) normal with deviation 0.01; for small models."""
-
-    gradient_shrinks = 1
-
-    def __init__(self, D: int, d: int, draw: torch.Generator) -> None:
-        super().__init__()
-        self.P: Tensor
-        self.register_buffer("P", 0.01 * torch.randn(D, d, generator=draw), persistent=False)
-
-    def forward(self, v: Tensor) -> Tensor:
-        """P v."""
-        return self.P @ v
 
 
 class Subspace(nn.Module):
@@ -241,7 +167,7 @@ class IntrinsicDimension(Method):
         """What moves, by name, tied weights once; not what trains as it is."""
         if any(weights.is_quantised(m) for m in host.model.modules()):
             raise ConfigError(
-                "method=intrinsic_dimension moves every weight, and weights in 4 or 8 bits cannot "
+                "method=intrinsic_dimension moves every weight, and weights in few bits cannot "
                 "be moved by little. Use quantization=none."
             )
         moves = expression("method.filter", self.filter)

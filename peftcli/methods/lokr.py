@@ -30,7 +30,8 @@ from peftcli.core.delta import Delta
 from peftcli.core.layer import Layer
 from peftcli.core.site import Site
 from peftcli.kernels.kron_linear import Kron, kron_linear
-from peftcli.methods.loha import Lycoris, LycorisDelta, from_core, hf_core, kaiming, kernel_of
+from peftcli.methods.low_rank import kaiming
+from peftcli.methods.lycoris import Lycoris, LycorisDelta, from_core, hf_core, kernel_of
 
 
 def factors(d: int, bound: int = -1) -> tuple[int, int]:

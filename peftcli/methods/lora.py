@@ -10,8 +10,9 @@ of the update constant as r grows. LoRA+ (Hayou et al., ICML 2024, arXiv 2402.12
 `lr_ratio` times faster than A. PiSSA (Meng et al., NeurIPS 2024, arXiv 2404.02948), OLoRA
 (Buyukakyuz 2024, arXiv 2406.01775), LoftQ (Li et al., ICLR 2024, arXiv 2310.08659), EVA (Paischer
 et al. 2024, arXiv 2410.07170), LoRA-GA (Wang et al., NeurIPS 2024, arXiv 2407.05000) and LoRA-One
-(Zhang et al., ICML 2025, arXiv 2502.01235) choose where A and B start: `lora_init.py`. QLoRA
-(Dettmers et al., NeurIPS 2023, arXiv 2305.14314) is LoRA on a base in 4 bits.
+(Zhang et al., ICML 2025, arXiv 2502.01235) choose where A and B start: `lora_init.py` and
+`lora_data_init.py`. QLoRA (Dettmers et al., NeurIPS 2023, arXiv 2305.14314) is LoRA on a base in 4
+bits.
 
 PiSSA's, OLoRA's and LoRA-GA's papers subtract s B0 A0 from W. Here W is not written: the delta is
 s (B A - B0 A0) with the start kept in buffers. This is the same function, and the base stays the
@@ -37,7 +38,8 @@ from peftcli.core.siblings import Siblings, families
 from peftcli.core.site import Site, find_sites
 from peftcli.errors import ConfigError
 from peftcli.kernels.lora_linear import Branch, lora_linear, lora_linears
-from peftcli.methods.lora_init import INITS, Start, prepare
+from peftcli.methods.lora_data_init import prepare
+from peftcli.methods.lora_init import DatalessInit, Start, init_of
 from peftcli.methods.low_rank import LowRank
 from peftcli.methods.selection import base_names, inside
 
@@ -122,19 +124,7 @@ class LoRA(LowRank):
     hf_fields: ClassVar[Mapping[str, str]] = {**LowRank.hf_fields, "bias": "bias"}
 
     bias: Literal["none", "all", "lora_only"] = "none"
-    init: Literal[
-        "default",
-        "gaussian",
-        "orthogonal",
-        "pissa",
-        "pissa_niter_4",
-        "pissa_niter_16",
-        "olora",
-        "loftq",
-        "eva",
-        "lora_ga",
-        "lora_one",
-    ] = "default"
+    init: DatalessInit | Literal["loftq", "eva", "lora_ga", "lora_one"] = "default"
     init_batches: Annotated[int, Ge(1)] | None = None
     rho: Annotated[float, Ge(1)] = 2.0
     tau: Annotated[float, Gt(0), Le(1)] = 0.99
@@ -181,7 +171,7 @@ class LoRA(LowRank):
         """A pair of factors for the site, started by `start`, or as `init` does without data."""
         delta = LoRADelta(site, self.rank(site), self.scale(site), self.dropout)
         if site.device.type != "meta":  # without weights there is nothing to start
-            (start or INITS[self.init])(delta, site)
+            (start or init_of(self.init))(delta, site)
         return delta
 
     def setup(self, host: Host, data: Calibration | None = None) -> None:

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from peftcli.methods.lora import LoRADelta
 
 
+def kaiming(*shape: int) -> nn.Parameter:
+    """Uniform in +-1/sqrt(f), f the size of a row."""
+    parameter = nn.Parameter(torch.empty(shape))
+    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+    return parameter
+
+
 @dataclass(frozen=True)
 class LowRank(Method):
     """Ranks and scales of factored changes, and their place in peft."""
@@ -125,14 +132,10 @@ def _whole(delta: Delta) -> tuple[Tensor, Tensor, float]:
     if not isinstance(delta, RowsDelta):
         pair = cast("LoRADelta", getattr(delta, "lora", delta))  # DoRA's is a part of it
         return *pair.factors(), pair.scale
-    parts = [(delta.index(role), *_whole(delta.part(role))) for role in delta.parts]
-    scale, rank = parts[0][3], sum(A.shape[0] for _, A, _, _ in parts)
-    B = parts[0][2].new_zeros(delta.d_out, rank)
-    column = 0
-    for index, A, part, s in parts:
-        B[index, column : column + A.shape[0]] = part.detach() * (s / scale)
-        column += A.shape[0]
-    return torch.cat([A for _, A, _, _ in parts]), B, scale
+    parts = {role: _whole(delta.part(role)) for role in delta.parts}
+    scale = next(iter(parts.values()))[2]
+    B = delta.side_by_side({role: B * (s / scale) for role, (_, B, s) in parts.items()})
+    return torch.cat([A for A, _, _ in parts.values()]), B, scale
 
 
 def _commonest(values: Iterable[float]) -> float:

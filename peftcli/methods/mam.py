@@ -25,7 +25,8 @@ from annotated_types import Ge, Lt
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
 from peftcli.methods.parallel_adapter import ParallelAdapter, graft_prefix
-from peftcli.methods.prefix_tuning import PrefixTuning, fold_prefixes, prefixes_of
+from peftcli.methods.prefix import fold_prefixes, prefixes_of
+from peftcli.methods.prefix_tuning import PrefixTuning
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host

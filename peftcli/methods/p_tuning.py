@@ -16,6 +16,7 @@ class (`label_words`) an encoder answers by the word that its pretrained head pu
 (a, b, 0): a before x and b behind it, where its classifier reads the last; in a language model they
 would stand between prompt and answer, which a row does not tell apart, so there all are in front,
 (a, 0, 0), as in Hugging Face peft.
+A trained token is an id past the vocabulary (`prompt.py`), where the code has [UNK] under it.
 `mlp` is peft's encoder of three linears. In the paper's few-shot runs the backbone trains too, at a
 rate of its own (`tune_backbone`).
 """
@@ -34,7 +35,8 @@ from peftcli.core.graft import is_own
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
 from peftcli.methods import cloze, prompt
-from peftcli.methods.prefix_tuning import PrefixTuning, fold_prefixes
+from peftcli.methods.prefix import fold_prefixes
+from peftcli.methods.prefix_tuning import PrefixTuning
 from peftcli.methods.prompt import PromptDelta
 
 if TYPE_CHECKING:

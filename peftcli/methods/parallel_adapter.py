@@ -15,7 +15,8 @@ large budget; changes of the heads are, with a small one. In each head, with q =
 
     cross_attn_relu         dh = drop(ReLU(q P_k')) P_v            P_k, P_v (R, D / H) a head
     cross_attn(_noln)       dh = softmax(q P_k' / sqrt(D / H)) P_v
-    concat                  the gated sum: exactly P_k, P_v as further keys and values (a prefix)
+    concat                  the gated sum: exactly P_k, P_v as further keys and values (a prefix),
+                            also said as cross_attn_noln with attn_composition=gate_add
 
 The known methods are points of this space: Houlsby's adapter, prefix tuning and LoRA, which has its
 own file. The branch is added behind the base's dropout, and drops with the same probability, not
@@ -30,8 +31,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-import torch
-import torch.nn.functional as F
 from annotated_types import Ge
 from torch import Tensor, nn
 
@@ -45,17 +44,19 @@ from peftcli.methods.adapter import (
     Bottleneck,
     LendDelta,
     LentDelta,
-    Norm,
     places,
     projections,
 )
-from peftcli.methods.prefix_tuning import PrefixTuning, prefixes_of
+from peftcli.methods.heads import HeadsDelta, head_sizes
+from peftcli.methods.prefix import prefixes_of
+from peftcli.methods.prefix_tuning import PrefixTuning
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
     from peftcli.core.scores import Calibration
 
-HEADS = ("cross_attn_noln", "cross_attn", "cross_attn_relu")
+GATED = ("concat", "cross_attn_noln")
+HEADS = ("cross_attn_noln", "cross_attn", "cross_attn_relu")  # kinds of `HeadsDelta`
 
 
 class BesideDelta(LentDelta):
@@ -73,42 +74,6 @@ class BesideDelta(LentDelta):
             return layer(x + self.core(self.take()))
         y = layer(x)  # lends, where the lender is inside
         return y + self.core(self.take())
-
-
-class HeadsDelta(LentDelta):
-    """At the output projection: every head's output h + f(q P_k') P_v (He et al. 2022, table 1)."""
-
-    def __init__(
-        self, q: Site, width: int, sizes: tuple[int, float], R: int, kind: str, p: float
-    ) -> None:
-        super().__init__()
-        self.q, self.dropout, self.relu = (q,), p, kind == "cross_attn_relu"
-        self.heads, self.scaling = width // sizes[0], sizes[1]
-        self.P_k = nn.Parameter(0.02 * torch.randn(R, width))  # (R, D), all heads side by side
-        self.P_v = nn.Parameter(0.02 * torch.randn(R, width))  # (R, D)
-        self.norm = None if kind == "cross_attn_noln" else Norm(q.d_in)
-
-    def change(self, q: Tensor) -> Tensor:
-        """dh (B, T, D) for queries (B, T, D)."""
-        K, V = (P.to(q.dtype).unflatten(1, (self.heads, -1)) for P in (self.P_k, self.P_v))
-        scores = torch.einsum("bthd,rhd->bthr", q.unflatten(-1, (self.heads, -1)), K)
-        if self.relu:
-            weights = F.dropout(scores.relu(), self.dropout, self.training)
-        else:
-            weights = scores.softmax(-1).to(q.dtype)
-        return torch.einsum("bthr,rhd->bthd", weights, V).flatten(-2)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """Wq LN?(x); with softmax, scaled as the attention scales them."""
-        (site,) = self.q
-        q = site.module(x if self.norm is None else self.norm(x))
-        if site.rows is not None:
-            q = torch.cat([q[..., start:stop] for start, stop in site.rows], -1)
-        return q if self.relu else q * self.scaling
-
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """The layer reads x + dh."""
-        return layer(x + self.change(self.queries(self.take())))
 
 
 @dataclass(frozen=True)
@@ -129,6 +94,7 @@ class ParallelAdapter(Method):
         "sequential",
     ] = "none"  # fmt: skip
     attn_r: Annotated[int, Ge(1)] = 200
+    attn_composition: Literal["add", "gate_add"] = "add"
     attn_before_out_proj: bool = True
     pre_ln_input: bool = False
     leave_out: tuple[Annotated[int, Ge(0)], ...] = ()
@@ -138,18 +104,31 @@ class ParallelAdapter(Method):
         """What changes the attention starts normal."""
         return self.ffn_init == "lora" and self.attn_kind == "none"
 
+    def __post_init__(self) -> None:
+        """Refuse a gate on what is no softmax of the attention's own queries."""
+        if self.attn_composition == "gate_add" and self.attn_kind not in GATED:
+            raise ConfigError(
+                f"method.attn_composition=gate_add shares one softmax with the tokens, which goes "
+                f"with method.attn_kind={' or '.join(GATED)}, not with {self.attn_kind}."
+            )
+
+    @property
+    def _attention(self) -> str:
+        """The attention's entry: a gated sum is a concatenation."""
+        return "concat" if self.attn_composition == "gate_add" else self.attn_kind
+
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """One entry for each feed-forward part and one for each attention."""
         kinds = (("ffn",) if self.ffn_r else ()) + (
-            ("attn", "cross") if self.attn_kind not in ("none", "concat") else ()
+            ("attn", "cross") if self._attention not in ("none", "concat") else ()
         )
-        if not kinds and self.attn_kind != "concat":
+        if not kinds and self._attention != "concat":
             raise ConfigError("method.ffn_r=0 and method.attn_kind=none leave nothing to train.")
         subs = places(host, kinds, self.leave_out) if kinds else []
-        queries = self._queries(host) if self.attn_kind in HEADS else []
+        queries = self._queries(host) if self._attention in HEADS else []
         made = [self._entry(host, sub, queries) for sub in subs]
         lent: dict[str, tuple[Site, list[LentDelta]]] = {}
-        if self.attn_kind == "concat":
+        if self._attention == "concat":
             prefix = replace(direct_prefix(self.attn_r), leave_out=self.leave_out)
             graft_prefix(host, prefix, data)
         for sub, (site, delta) in zip(subs, made, strict=True):
@@ -176,16 +155,16 @@ class ParallelAdapter(Method):
                 return sub.end, AdapterDelta(core)
             where = sub.norm or sub.stream or sub.end
             return where, BesideDelta(core, to_input=sub.norm is not None)
-        if self.attn_kind in HEADS:
+        if self._attention in HEADS:
             q = next(site for site in queries if site.path.startswith(sub.start.path + "."))
             sizes = head_sizes(host, q)
-            delta = HeadsDelta(q, sub.end.d_in, sizes, self.attn_r, self.attn_kind, p)
+            delta = HeadsDelta(q, sub.end.d_in, sizes, self.attn_r, self._attention, p)
             return sub.end, delta
-        before = self.attn_kind == "parallel" and self.attn_before_out_proj
+        before = self._attention == "parallel" and self.attn_before_out_proj
         width = sub.end.d_in if before else D
         down, up = projections(D, self.attn_r, "bert", width)
         core = Bottleneck(D, down, up, "relu", inner_dropout=p, ln_in=True)
-        if self.attn_kind == "sequential":
+        if self._attention == "sequential":
             return sub.end, AdapterDelta(core)
         return sub.end, BesideDelta(core, before)
 
@@ -237,16 +216,3 @@ def model_dropout(host: Host) -> float:
     config = cast(Any, host.model).config.get_text_config()
     names = ("hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_rate", "resid_pdrop")
     return next((float(getattr(config, n)) for n in names if hasattr(config, n)), 0.0)
-
-
-def head_sizes(host: Host, q: Site) -> tuple[int, float]:
-    """Features of one head of the attention module that holds `q`, and the factor on its scores."""
-    module: Any = host.model.get_submodule(q.path.rpartition(".")[0])
-    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
-    found = [vars(module)[n] for n in names if n in vars(module)]
-    if not found:
-        raise NotApplicable(
-            f"{type(module).__name__} does not tell the size of its heads; take "
-            "method.attn_kind=parallel."
-        )
-    return found[0], vars(module).get("scaling", found[0] ** -0.5)

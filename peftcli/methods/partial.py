@@ -10,78 +10,35 @@ the data are few, its features may be (`cache_frozen_prefix`), so that it runs o
 
 There is no official code: presets are ours. `last_layer` is the last block of the decoder where
 there are two stacks. Heads that share their weight with the embeddings train it in both places,
-unless `untie` gives the head its own. Norms travel in Hugging Face peft's LN tuning format.
+unless `untie` gives the head its own. Norms travel in Hugging Face peft's LN tuning format, rows of
+the token table in that of its trainable tokens.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peftcli.core.delta import WeightDelta
-from peftcli.core.layer import Layer
 from peftcli.core.method import Method
-from peftcli.core.site import Site, expression
+from peftcli.core.site import expression, path_of
 from peftcli.errors import ConfigError, NotApplicable, nearest
 from peftcli.export.hf_peft import target_names
 from peftcli.methods.frozen_prefix import cache_prefix
 from peftcli.methods.selection import base_names, inside
+from peftcli.methods.token_rows import TokenRows, train_rows
+from peftcli.models.roles import outside_role
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
     from peftcli.core.scores import Calibration
 
 QK_NORM = re.compile(r"(.*\.)?[qk]_(layer)?norm")
-
-
-class TokenRows(WeightDelta):
-    """W'[ids] = rows: chosen rows of a token table; a head that shares the table shares them."""
-
-    index: Tensor
-    slot: Tensor
-
-    def __init__(self, site: Site, ids: Sequence[int], table: TokenRows | None = None) -> None:
-        super().__init__()
-        V = site.d_in if site.kind == "embedding" else site.d_out
-        index, slot = torch.tensor(ids), torch.full((V,), len(ids))
-        slot[index] = torch.arange(len(ids))
-        self.register_buffer("index", index, persistent=False)  # (K,)
-        self.register_buffer("slot", slot, persistent=False)  # (V,): place in `rows`, K elsewhere
-        self.is_table = site.kind == "embedding"
-        self.table = (table,) if table else ()  # in a tuple, so that it is saved once
-        if table is None:
-            self.rows = nn.Parameter(site.weight[:, ids].T.float().clone())  # (K, D)
-
-    def delta(self, W: Tensor) -> Tensor:
-        """The change of W, (D, V) or (V, D): zero outside of the rows."""
-        rows = self._rows()
-        if self.is_table:
-            change = rows.T - W[:, self.index]
-            return torch.zeros_like(W, dtype=rows.dtype).index_copy(1, self.index, change)
-        change = rows - W[self.index]
-        return torch.zeros_like(W, dtype=rows.dtype).index_copy(0, self.index, change)
-
-    def _rows(self) -> Tensor:
-        return self.table[0].rows if self.table else self.rows
-
-    def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        """What is looked up, or its products, with the chosen rows in their place."""
-        y, rows = layer(x), self._rows()
-        if not self.is_table:
-            b = None if layer.bias is None else layer.bias[self.index]
-            mine = layer.linear(x, rows.to(x.dtype), b)
-            return y.index_copy(-1, self.index, mine.to(y.dtype))
-        slot = self.slot[x]
-        table = torch.cat([rows, torch.zeros_like(rows[:1])])  # (K + 1, D)
-        mine = layer.linear(slot, table.T)
-        return torch.where((slot < len(rows))[..., None], mine.to(y.dtype), y)
 
 
 # -- presets: paths of modules ---------------------------------------------------------------------
@@ -99,14 +56,14 @@ def _last_layer(method: Partial, host: Host) -> list[str]:
 
 def _embed_head(method: Partial, host: Host) -> list[str]:
     model = cast(PreTrainedModel, host.model)
-    return [_path_of(host, model.get_input_embeddings()), *_head(method, host)]
+    return [path_of(model, model.get_input_embeddings()), *_head(method, host)]
 
 
 def _head(method: Partial, host: Host) -> list[str]:
     """The output embeddings of a language model, else the classifier."""
     head = cast(PreTrainedModel, host.model).get_output_embeddings()
     if head is not None:
-        return [_path_of(host, head)]
+        return [path_of(host.model, head)]
     return [p for p, role in host.layout.names.items() if role == "classifier"]
 
 
@@ -118,10 +75,6 @@ def _layernorm(method: Partial, host: Host) -> list[str]:
 def _attention(method: Partial, host: Host) -> list[str]:
     roles = ("q", "k", "v", "o", "qkv", "pos_q", "pos_k")
     return [p for p, role in host.layout.names.items() if role in roles]
-
-
-def _path_of(host: Host, module: nn.Module) -> str:
-    return next(path for path, m in host.model.named_modules() if m is module)
 
 
 PRESETS: dict[str, Callable[[Partial, Host], list[str]]] = {
@@ -140,6 +93,8 @@ class Partial(Method):
     family: ClassVar[str] = "selective"
     size_option: ClassVar[str | None] = "n_last"
     peft_type: ClassVar[str | None] = "LN_TUNING"
+    also_reads: ClassVar[tuple[str, ...]] = ("TRAINABLE_TOKENS",)
+    hf_harmless: ClassVar[frozenset[str]] = frozenset({"token_indices", "init_weights"})
     on_quantised: ClassVar[bool] = False
 
     preset: Literal["last_layer", "embed_head", "layernorm", "head", "attention", "custom"] = (
@@ -161,9 +116,8 @@ class Partial(Method):
     def setup(self, host: Host, data: Calibration | None = None) -> None:
         """Select the modules' parameters, or graft the chosen rows of the token table."""
         if self.token_ids:
-            if self.cache_frozen_prefix:
-                raise ConfigError("method.token_ids train below all blocks: no features to keep.")
-            self._train_rows(host)
+            self._refuse_beside_rows()
+            train_rows(host, self.token_ids)
             return
         chosen = self.names(host)
         if not chosen:
@@ -202,38 +156,22 @@ class Partial(Method):
             names = inside(every, PRESETS[self.preset](self, host))
         return [n for n in names if self.train_biases or not n.endswith(".bias")]
 
-    def _train_rows(self, host: Host) -> None:
-        """Rows of the input embeddings; a head tied to them sees the same."""
+    def _refuse_beside_rows(self) -> None:
+        if self.cache_frozen_prefix:
+            raise ConfigError("method.token_ids train below all blocks: no features to keep.")
         if self.preset != "embed_head" or self.modules:
             raise ConfigError(
                 "method.token_ids are rows of the token embeddings: they go with "
                 "method.preset=embed_head and no method.modules."
             )
-        model = cast(PreTrainedModel, host.model)
-        table, head = model.get_input_embeddings(), model.get_output_embeddings()
-        if not isinstance(table, nn.Embedding):
-            raise NotApplicable(
-                f"{type(model).__name__} has no token embeddings: leave method.token_ids empty."
-            )
-        wrong = [i for i in self.token_ids if i >= table.num_embeddings]
-        if wrong or len(set(self.token_ids)) < len(self.token_ids):
-            raise ConfigError(
-                f"method.token_ids={list(self.token_ids)}: must be different numbers below "
-                f"{table.num_embeddings}."
-            )
-        sites = [site for site in host.find("embed") if site.module.weight is table.weight]
-        if head is not None and head.weight is table.weight:
-            sites += host.find(_path_of(host, head))
-        rows = TokenRows(sites[0], self.token_ids)
-        for i, site in enumerate(sites):
-            host.graft(site, TokenRows(site, self.token_ids, rows) if i else rows)
-        host.matched[host.building] = {"rows of the token table": len(self.token_ids)}
 
     # -- Hugging Face peft -------------------------------------------------------------------------
     def hf_refuses(self, host: Host, name: str) -> str | None:
-        """peft's LN tuning holds norms alone."""
+        """peft's LN tuning holds norms alone, its trainable tokens rows of one stack's table."""
         if self.token_ids:
-            return "rows of the token table are kept in our own format"
+            if cast(PreTrainedModel, host.model).config.is_encoder_decoder:
+                return "peft's trainable tokens are not those of both stacks"
+            return "peft's trainable tokens save no head" if host.saved_modules else None
         norms = all(host.layout.role_of(path) == "norm" for path in self._paths(host))
         return None if norms else "peft has a format for norms only"
 
@@ -241,7 +179,10 @@ class Partial(Method):
         return list(dict.fromkeys(n.rpartition(".")[0] for n in self.names(host)))
 
     def hf_tensors(self, host: Host, name: str) -> dict[str, Tensor]:
-        """Weight and bias of every norm that has one that trains."""
+        """The rows; or weight and bias of every norm that has one that trains."""
+        if self.token_ids:
+            site, delta = next(host.deltas(name))
+            return {f"{site.path}.trainable_tokens_delta": cast(TokenRows, delta).rows.detach()}
         names = inside(base_names(host), self._paths(host))
         split = [n.rpartition(".") for n in names]
         return {
@@ -250,13 +191,38 @@ class Partial(Method):
         }
 
     def hf_config(self, host: Host, name: str) -> dict[str, Any]:
-        """The norms' names."""
+        """The table's name and its rows, or the norms' names."""
+        if self.token_ids:
+            path = next(host.deltas(name))[0].path
+            names = {"target_modules": target_names(host.model, {path})}
+            return {"peft_type": "TRAINABLE_TOKENS", "token_indices": list(self.token_ids), **names}
         return {"target_modules": target_names(host.model, set(self._paths(host)))}
 
     @classmethod
+    def hf_acting(
+        cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Without the rows of a tied head, which peft writes a second time."""
+        if config["peft_type"] != "TRAINABLE_TOKENS":
+            return tensors
+        is_row = re.compile(r".*\.trainable_tokens_delta")
+        return {
+            k: t
+            for k, t in tensors.items()
+            if not is_row.fullmatch(k) or outside_role(k) == "embed"
+        }
+
+    @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """peft's names of modules as expressions for the names of their parameters."""
+        """peft's tokens, or its names of modules as expressions for the names of their parameters.
+        Raises ValueError for rows of what is no token table.
+        """
         targets = config["target_modules"]
+        if config["peft_type"] == "TRAINABLE_TOKENS":
+            names = [targets] if isinstance(targets, str) else targets
+            if [outside_role(name) for name in names] != ["embed"]:
+                raise ValueError(f"target_modules={targets} is no token table.")
+            return {"preset": "embed_head", "token_ids": tuple(config["token_indices"])}
         if isinstance(targets, str):
             return {"preset": "custom", "modules": (rf"({targets})\.[^.]+",)}
         patterns = tuple(rf"(.*\.)?{re.escape(target)}\.[^.]+" for target in targets)

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from peftcli.core.delta import Delta
 from peftcli.core.graft import deltas_of
 from peftcli.core.layer import Layer
-from peftcli.core.site import Site
+from peftcli.core.site import Site, path_of
 from peftcli.errors import ConfigError, NotApplicable
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def table_of(host: Host) -> Site:
             f"{type(model).__name__} looks up no tokens: prompts need a model of text; prefixes "
             "(method=prefix_tuning) work on images too."
         )
-    path = next(p for p, m in model.named_modules() if m is table)
+    path = path_of(model, table)
     return Site(path, table, "embedding", table.num_embeddings, table.embedding_dim, "embed")
 
 
@@ -194,7 +194,7 @@ def lay(host: Host, table: Site, delta: PromptDelta, front: int, behind: int = 0
     two = model.config.is_encoder_decoder
     host.graft(table, delta)
     stack = model.get_encoder() if two else model
-    path = next(p for p, m in model.named_modules() if m is stack)
+    path = path_of(model, stack)
     laid = LaidTokens(delta.first, front, behind, is_encoder(model))
     host.graft(Site(path, stack, "model", table.d_out, table.d_out), laid)
     if two:

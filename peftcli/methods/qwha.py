@@ -16,23 +16,23 @@ are. The start is taken from the error dE = W - W_q and the Gram matrix G of the
 Where we depart from the official code: budgets are clipped and spread until they fit; biases are
 kept; the inputs are those of the run's own training data in the model as it is corrected so far,
 not of a test split of wikitext in the original one; c may differ between start and training, since
-v is stored for the c that trains. A layer that is not quantised, or an adapter that is read from a
-file, starts plain: zeros at random positions. A layer of fewer than n entries trains all of them.
+v is stored for the c that trains. Bases are of bitsandbytes' 4 or 8 bits, where the paper makes its
+own of 2 to 4 by GPTQ. A layer that is not quantised, or an adapter that is read from a file, starts
+plain: zeros at random positions. A layer of fewer than n entries trains all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor
 
 from peftcli.core import weights
-from peftcli.core.scores import each_input
+from peftcli.core.principal import input_grams
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.kernels.hadamard import factors, hadamard, odd_order
@@ -170,37 +170,6 @@ class QWHA(SpectralMethod):
     def budget(self, site: Site) -> int:
         """n, as many as a LoRA of rank r_eq has, and at most all entries."""
         return min(self.n or self.r_eq * (site.d_in + site.d_out), site.d_out * site.d_in)
-
-
-def input_grams(host: Host, sites: Sequence[Site], data: Calibration, n: int) -> dict[str, Tensor]:
-    """sum x x' (I, I) in float64 of every site's inputs over `n` batches, by name; sites with the
-    same input (q, k, v) share one.
-    """
-    grams: dict[str, Tensor] = {}
-    now: dict[tuple[int, Any], Tensor] = {}  # inputs of this batch: whose Gram matrix they are in
-    kept: list[Any] = []  # the batch's inputs, so that no address is used twice
-
-    def add(site: Site, x: Tensor, batch: Any) -> None:
-        if not kept or kept[0] is not batch:
-            now.clear()
-            kept[:] = [batch]
-        key = (x.data_ptr(), x.shape)
-        if key in now:
-            grams[site.name] = now[key]
-            return
-        kept.append(x)
-        rows = x[counted] if (counted := _real(x, data.tokens(batch, True))) is not None else x
-        rows = rows.reshape(-1, site.d_in).double()
-        G = grams.setdefault(site.name, rows.new_zeros(site.d_in, site.d_in))
-        now[key] = G.add_(rows.T @ rows)
-
-    each_input(host.model, sites, data, n, add)
-    return grams
-
-
-def _real(x: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask of tokens that are no padding, where it is for tokens like those of `x`."""
-    return mask if mask is not None and mask.shape == x.shape[:-1] else None
 
 
 def _check_order(host: Host, site: Site) -> None:

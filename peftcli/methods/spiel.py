@@ -18,7 +18,8 @@ Departures from the official code: a sample is the gradient of an optimizer step
 that of a micro-batch, so that seeded moments have the scale of Adam's own; numbers that are not
 finite are no samples; the unfinished samples of a phase are in the checkpoint. The paper's abstract
 drops by change, its code (and this) by |value|, the distance from the pretrained weight. As in the
-code, a grown entry's first update is corrected for its age before that step is counted.
+code, a grown entry's first update is corrected for its age before that step is counted. Changes
+are float32 over any base; over one of 4 bits (qSpIEL) the code has them in bfloat16.
 """
 
 from __future__ import annotations

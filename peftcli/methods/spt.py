@@ -18,6 +18,7 @@ gelu(D drop(h) + d) + u); at the attention's output it stands beside it, and rea
 
 Departures from the official code: every linear draws its own dropout mask, also q, k and v; single
 weights and vectors do not decay; batches are those of the run, where the scripts have 16 of 32.
+As the code does, the gradient of a batch's mean is squared; the paper sums over single examples.
 Vectors train in place under a mask, so they stay when the adapter is switched off.
 """
 

@@ -7,6 +7,7 @@ What is masked gets no gradient and does not decay, so it stays where the method
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,7 +83,7 @@ def unmask(host: Host, masks: Unmasked, n: int, score: Score) -> None:
         return
     if n := min(n, masks.B - sum(int(masks[name].sum()) for name in masks.names)):
         scores = [
-            score(g.flatten(), p.flatten).masked_fill(masks[name].flatten(), -1.0)
+            score(g.flatten(), p.flatten).masked_fill(masks[name].flatten(), -math.inf)
             for name, p, g in zip(masks.names, parameters, grads, strict=True)
         ]
         chosen = torch.zeros(sum(map(len, scores)), dtype=torch.bool, device=scores[0].device)

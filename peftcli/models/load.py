@@ -23,10 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peftcli.errors import ConfigError, DataError, did_you_mean, first_sentence
+from peftcli.errors import ConfigError, DataError, UserError, did_you_mean, first_sentence
+from peftcli.models import packed
 from peftcli.models.convert import folder_of
 from peftcli.models.inputs import load_tokenizer
-from peftcli.models.quantise import compute_in, dequantise, loading, stored_as
+from peftcli.models.quantise import compute_in, dequantise, loading, stored_as, told_in
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
 from peftcli.models.source import Source
@@ -82,33 +83,18 @@ def load_model(
         ConfigError: the architecture has no model for the task, or lacks the attention asked for.
         DataError: weights are missing, or there are some that config.json knows nothing of.
     """
-    config = for_task(load_config(source, cfg), task, labels)
+    config: Any = for_task(load_config(source, cfg), task, labels)
     cls = class_for(task, config, cfg, cloze)
-    attention = cfg.attn_implementation
     compute_in(config, compute_dtype)
-    stored = {}
+    stored, in_files = {}, stored_as(config)
     if quantization and quantization.name != "none":
         stored = loading(quantization, empty_model(config, task, labels, cloze), compute_dtype)
-    try:
-        with quiet():
-            model, info = cls.from_pretrained(
-                folder_of(source),
-                config=config,
-                dtype=dtype,
-                attn_implementation=None if attention == "auto" else attention,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=cfg.trust_remote_code,
-                ignore_mismatched_sizes=True,  # judged below
-                output_loading_info=True,
-                **stored,
-            )
-    except (ValueError, ImportError) as error:
-        reason = first_sentence(error)
-        if attention == "auto":
-            raise DataError(f"{source.name} cannot be loaded: {reason}") from None
-        raise ConfigError(f"model.attn_implementation={attention}: {reason} Or use auto.") from None
-    if dequantised and (stored or stored_as(config)):
+    elif in_files in packed.LAYOUTS and (told := told_in(config)):
+        del config.quantization_config  # transformers would look for a library to read it
+        empty = empty_model(config, task, labels, cloze)
+        stored = packed.loading(told, folder_of(source), empty, dtype)
+    model, info = _read(cls, source, cfg, config=config, dtype=dtype, **stored)
+    if dequantised and (stored or in_files):
         model = dequantise(model, dtype)
     new_modules = _new_modules(model, info, task, source)
     if cloze and new_modules:
@@ -119,6 +105,30 @@ def load_model(
     if task != "image_classification":
         _pad_alike(model, tokenizer or load_tokenizer(source, cfg))
     return Loaded(model.eval(), new_modules)
+
+
+def _read(cls: Any, source: Source, cfg: Model, **options: Any) -> tuple[PreTrainedModel, Any]:
+    """The model of the source's files, and what transformers says of how they fit it."""
+    attention = cfg.attn_implementation
+    try:
+        with quiet():
+            return cls.from_pretrained(
+                folder_of(source),
+                attn_implementation=None if attention == "auto" else attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=cfg.trust_remote_code,
+                ignore_mismatched_sizes=True,  # judged by the caller
+                output_loading_info=True,
+                **options,
+            )
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        reason = first_sentence(error)
+        if attention == "auto":
+            raise DataError(f"{source.name} cannot be loaded: {reason}") from None
+        raise ConfigError(f"model.attn_implementation={attention}: {reason} Or use auto.") from None
 
 
 def empty_model(

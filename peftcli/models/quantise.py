@@ -1,4 +1,6 @@
-"""Frozen linears in 4 or 8 bits, by bitsandbytes through transformers."""
+"""How a base's linears are stored: quantised on the way by bitsandbytes (4 or 8 bits) through
+transformers, or already in the model's files.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,23 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftcli.errors import ConfigError
+from peftcli.models import packed
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import layout
 from peftcli.settings import Quantization
 
-READ = ("nf4", "fp4", "int8")  # what a checkpoint itself may hold
+BITSANDBYTES = ("nf4", "fp4", "int8")
+READ = (*BITSANDBYTES, *packed.LAYOUTS)  # what a checkpoint itself may hold
 PACKAGES = ("bitsandbytes", "accelerate")
 
 
 def stored_as(config: PreTrainedConfig) -> str | None:
     """How a checkpoint itself holds its linears: nf4, fp4, int8, or the word of its config.json for
-    another way; None where they are plain.
+    another way (gptq, awq); None where they are plain.
     """
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
+    told = told_in(config)
+    if told is None:
         return None
-    told = found if isinstance(found, dict) else found.to_dict()
     if told.get("load_in_8bit"):
         return "int8"
     if told.get("load_in_4bit"):
@@ -36,22 +39,34 @@ def stored_as(config: PreTrainedConfig) -> str | None:
     return str(told.get("quant_method"))
 
 
-def refuse_stored(model: str, stored: str, asked: str) -> None:
-    """Raises `ConfigError` where a checkpoint that is `stored` quantised cannot be read, or not as
-    it is asked for.
+def told_in(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What a checkpoint's config.json says of how it is quantised; None where it is not."""
+    found: Any = getattr(config, "quantization_config", None)
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def refuse_stored(model: str, config: PreTrainedConfig, asked: str) -> None:
+    """Raises `ConfigError` where a quantised checkpoint cannot be read, or not as it is asked
+    for.
     """
+    stored, told = stored_as(config), told_in(config)
+    if stored is None or told is None:
+        return
     plain = "or name the model that it was made from, with quantization=nf4"
     if stored not in READ:
         raise ConfigError(
             f"model.name_or_path={model}: is stored in {stored}, which is not read here. Take one "
-            f"in bitsandbytes' {', '.join(READ)}, {plain}."
+            f"in {', '.join(READ)}, {plain}."
         )
     if asked != "none":
         raise ConfigError(
             f"quantization={asked}: {model} is stored in {stored} already. Use quantization=none, "
             f"which leaves it so, {plain}."
         )
-    refuse_missing(f"model.name_or_path={model}: is stored in {stored}, which")
+    if stored in packed.LAYOUTS:
+        packed.packing_of(model, told)
+    else:
+        refuse_missing(f"model.name_or_path={model}: is stored in {stored}, which")
 
 
 def refuse_missing(what: str) -> None:

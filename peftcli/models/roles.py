@@ -157,6 +157,11 @@ def _role(path: str, module: nn.Module, inside: bool) -> str | None:
         return _inside_role(path)
     if next(module.parameters(), None) is None:  # an activation in a classifier
         return None
+    return outside_role(path)
+
+
+def outside_role(path: str) -> str | None:
+    """The role that a path outside of the blocks says: embed, position, head, classifier ..."""
     return next((_OUTSIDE_ROLE[part] for part in path.split(".") if part in _OUTSIDE_ROLE), None)
 
 

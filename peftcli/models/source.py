@@ -12,11 +12,11 @@ import importlib.util
 import json
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from peftcli.disk import sha256, write_whole
 from peftcli.errors import ConfigError, DataError
 from peftcli.models import hub
 from peftcli.models.files import check_folder, check_tokenizer, weight_files
@@ -89,6 +89,7 @@ def fingerprint(source: Source, cache: Path) -> str:
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         hashes[key] = known.get(key) or sha256(path)
     if not hashes.keys() <= known.keys():
+        cache.mkdir(parents=True, exist_ok=True)
         write_whole(known_file, json.dumps(known | hashes, indent=1))
     if len(hashes) == 1:
         return next(iter(hashes.values()))
@@ -103,20 +104,6 @@ def tokenizer_folder(name: str) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise DataError(f"model.tokenizer={name!r}: there is no such folder.")
     return hub.snapshot("model.tokenizer", name, None, hub.TEXT_FILES, check_tokenizer)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: readers see the old or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _package(cfg: Model, cache: Path) -> Source:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from peftcli.errors import ConfigError
-from peftcli.settings import Format, Model, Task
+from peftcli.settings import LABELLED, Format, Model, Task
 
 _AUTO: dict[Task, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -60,7 +60,7 @@ def for_task(
     if task == "regression":
         config.id2label, config.label2id = {0: "score"}, {"score": 0}
         config.problem_type = "regression"
-    elif task in ("classification", "image_classification") and labels:
+    elif task in LABELLED and labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
         config.problem_type = "single_label_classification"

@@ -89,7 +89,8 @@ def run(
             retry(ids, ledger)
     log_to(ledger.folder / LOG)
 
-    if line.sweep.launcher != "local":
+    is_finished = more is None and all(m.state in ENDED for m in members_of(ledger, ids))
+    if line.sweep.launcher != "local" and not is_finished:
         from peftcli.sweep import launchers
 
         was_stopped = launchers.run(ledger, line.sweep, ids)

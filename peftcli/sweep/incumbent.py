@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from peftcli import __version__
+from peftcli.disk import write_whole
 from peftcli.errors import ConfigError, DataError
 from peftcli.sweep.ledger import Trial
 from peftcli.sweep.protocol import Cell, Study
@@ -117,7 +118,5 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def write(folder: Path, frozen: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    aside = folder / f".{FILE}"
     head = "# The best settings, frozen before any run on the test seeds.\n"
-    aside.write_text(head + yaml.safe_dump(dict(frozen), sort_keys=False), encoding="utf-8")
-    aside.replace(folder / FILE)
+    write_whole(folder / FILE, head + yaml.safe_dump(dict(frozen), sort_keys=False))

@@ -13,15 +13,36 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peftcli.errors import ConfigError, Stopped
 from peftcli.screen import say
 from peftcli.settings import Sweep
+from peftcli.sweep import submitting
 from peftcli.sweep.board import Board
 from peftcli.sweep.ledger import Ledger, Member
 
 SCAN = 1.0  # seconds between looks at what the workers have done
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a launcher is to start, so many times, with what options of its own. Once the file
+    `stop` is there, workers end as soon as they have saved.
+    """
+
+    command: Sequence[str]
+    count: int
+    options: dict[str, Any]
+    ledger: Ledger
+    stop: Path
+
+    @property
+    def output(self) -> str:
+        """The file that takes what workers print."""
+        return output(self.ledger)
 
 
 def run(ledger: Ledger, settings: Sweep, ids: set[str] | None) -> bool:
@@ -31,10 +52,10 @@ def run(ledger: Ledger, settings: Sweep, ids: set[str] | None) -> bool:
     stop = ledger.folder / f"stop.{socket.gethostname()}.{os.getpid()}"
     where = str(ledger.folder.absolute())
     command = [sys.executable, "-m", "peftcli", "sweep-worker", where, "--stop-file", stop.name]
-    launch, options = LAUNCHERS[settings.launcher], dict(settings.launcher_options)
+    workers = Workers(command, settings.workers, dict(settings.launcher_options), ledger, stop)
     say(f"{settings.workers} workers by {settings.launcher}", "cyan")
     with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(launch, command, settings.workers, options, ledger)
+        ended = pool.submit(LAUNCHERS[settings.launcher], workers)
         follow = Follower(ledger, ids)
         was_stopped = False
         while not ended.done():
@@ -91,45 +112,42 @@ class Follower:
         self.before = now
 
 
-def joblib(
-    command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger
-) -> list[int]:
+def joblib(workers: Workers) -> list[int]:
     """Worker processes by joblib; `launcher_options` are arguments of `joblib.Parallel`."""
     lib = _import("joblib")
-    tasks = [lib.delayed(call)(command, output(ledger)) for _ in range(count)]
-    return lib.Parallel(**{"n_jobs": count, **options})(tasks)
+    tasks = [lib.delayed(call)(workers.command, workers.output) for _ in range(workers.count)]
+    return lib.Parallel(**{"n_jobs": workers.count, **workers.options})(tasks)
 
 
-def ray(command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger) -> list[int]:
+def ray(workers: Workers) -> list[int]:
     """Ray tasks; `launcher_options.task` are arguments of `ray.remote` (num_cpus, num_gpus), the
     others of `ray.init`.
     """
-    lib = _import("ray")
+    lib, options = _import("ray"), dict(workers.options)
     of_task = options.pop("task", {})
     lib.init(
         **{"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", **options}
     )
     try:
         task = lib.remote(call).options(**of_task)
-        return lib.get([task.remote(command, output(ledger)) for _ in range(count)])
+        started = [task.remote(workers.command, workers.output) for _ in range(workers.count)]
+        return lib.get(started)
     finally:
         lib.shutdown()
 
 
-def submitit(
-    command: Sequence[str], count: int, options: dict[str, Any], ledger: Ledger
-) -> list[int]:
+def submitit(workers: Workers) -> list[int]:
     """SLURM jobs; `launcher_options.cluster` chooses (slurm, local; without it, SLURM where it is
-    installed), the others are parameters of submitit's executor (timeout_min, slurm_partition).
+    installed), the others are parameters of submitit's executor (timeout_min: 60,
+    slurm_partition).
     """
-    lib = _import("submitit")
-    executor = lib.AutoExecutor(str(ledger.folder / "submitit"), options.pop("cluster", None))
-    executor.update_parameters(**options)
-    jobs = [executor.submit(call, command, output(ledger)) for _ in range(count)]
-    return [job.result() for job in jobs]
+    work = submitting.Work(workers.command, workers.output)
+    folder = workers.ledger.folder / "submitit"
+    jobs = submitting.submitted(_import("submitit"), work, workers.count, workers.options, folder)
+    return jobs.wait(workers.stop)
 
 
-LAUNCHERS: dict[str, Callable[[Sequence[str], int, dict[str, Any], Ledger], list[int]]] = {
+LAUNCHERS: dict[str, Callable[[Workers], list[int]]] = {
     "joblib": joblib,
     "ray": ray,
     "submitit": submitit,

@@ -53,7 +53,8 @@ class Member:
     overrides: tuple[str, ...]  # what it has of its own: one choice of every swept key
     state: State = "waiting"
     exit_code: int | None = None  # of its last process; negative: the signal that killed it
-    reason: str | None = None  # why it failed, in one line
+    reason: str | None = None  # why it failed or was stopped, in one line
+    foretold: float | None = None  # score of its end, where it was stopped for that; not measured
     attempts: int = 0  # times that it was started
     seconds: float | None = None  # of all its starts together
 
@@ -65,12 +66,15 @@ class Member:
 
 @dataclass(frozen=True)
 class Trial:
-    """A member as a search sees it. `metrics` are those of the end, and `COUNTED`."""
+    """A member as a search sees it. `metrics` are those of the end, and `COUNTED`; `foretold` is
+    the score of a stopped run's end, which nobody measured.
+    """
 
     overrides: tuple[str, ...]
     state: str
     metrics: Mapping[str, float]
     seconds: float | None
+    foretold: float | None = None
 
 
 class Ledger:
@@ -152,7 +156,7 @@ class Ledger:
     def trials(self) -> list[Trial]:
         """All members as a search sees them."""
         return [
-            Trial(m.overrides, m.state, metrics(self.run_dir(m.id)), m.seconds)
+            Trial(m.overrides, m.state, metrics(self.run_dir(m.id)), m.seconds, m.foretold)
             for m in self.members()
         ]
 

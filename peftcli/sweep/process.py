@@ -20,15 +20,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
-from peftcli import screen
+from peftcli import interrupts, screen
 from peftcli.dist import causes
 from peftcli.errors import OutOfMemory
 from peftcli.sweep.claims import Claim
 from peftcli.sweep.ledger import Member, State
 
 OUTPUT = "output.log"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+SIGNALS = (*interrupts.SIGNALS, signal.SIGHUP)
 GRACE = 30.0  # seconds that a member has to save once it was told to stop
 Body = Callable[[Path, int], int]  # a run folder, who started the process -> exit code
 _FORKED = multiprocessing.get_context("fork")
@@ -80,6 +81,14 @@ def _exit_with_count() -> None:
     sys.exit(torch.cuda.device_count())
 
 
+class Verdict(NamedTuple):
+    """What becomes of a member."""
+
+    state: State
+    reason: str | None = None  # why it did not end well, in one line
+    foretold: float | None = None  # its end, as a score: larger is better
+
+
 @dataclass
 class Running:
     """A member whose process has been started from here."""
@@ -91,7 +100,7 @@ class Running:
     process: subprocess.Popen[bytes] | BaseProcess
     started: float = field(default_factory=time.monotonic)
     told: float | None = None  # when it was told to stop
-    verdict: tuple[State, str] | None = None  # what it was told to stop for: too long, hopeless
+    verdict: Verdict | None = None  # what it was told to stop for
     judged: float = 0.0  # when it was last looked at for that
 
     @property

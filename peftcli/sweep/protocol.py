@@ -23,7 +23,7 @@ from typing import Any
 from peftcli import written
 from peftcli.errors import ConfigError, did_you_mean
 from peftcli.settings import Sweep
-from peftcli.sweep import objective, search, seeds
+from peftcli.sweep import extras, objective, search, seeds
 from peftcli.sweep.ledger import Trial
 from peftcli.sweep.objective import Objective
 from peftcli.sweep.results import Results, Seed
@@ -231,6 +231,7 @@ def check(sweep: Sweep, space: Space) -> None:
     _check_seeds(sweep, keys)
     _check_search(sweep, space, keys)
     objective.objective(sweep, ())
+    extras.check(sweep)
     if not isinstance(sweep.metric, str) and sweep.seed_order != "all":
         raise ConfigError(f"sweep.seed_order={sweep.seed_order}: needs one metric, not several.")
     if sweep.lr_scale and not {LR, "method"} <= keys:
@@ -276,8 +277,8 @@ def _check_search(sweep: Sweep, space: Space, keys: set[str]) -> None:
             f"sweep.compare: {', '.join(sorted(unknown))} is not swept."
             f"{did_you_mean(min(unknown), keys)}"
         )
-    if sweep.search == "de" and not isinstance(sweep.metric, str):
-        raise ConfigError("sweep.search=de: needs one metric; several go with optuna.")
+    if sweep.search in ("de", "metade") and not isinstance(sweep.metric, str):
+        raise ConfigError(f"sweep.search={sweep.search}: needs one metric; optuna takes several.")
     if sweep.search == "grid":
         next(space.points(), None)  # has values to list
         if sweep.trials:

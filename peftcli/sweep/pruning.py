@@ -4,12 +4,12 @@
 that step (D. Golovin et al., "Google Vizier: A Service for Black-Box Optimization", KDD 2017,
 section 3.1, with best values in the place of running means, as in Optuna).
 
-`predict`: a linear regression on the finished runs foretells the value at the end from the values
-so far and their first and second differences; the run is hopeless when it stays behind the best
-with probability 0.99, its residuals being Gaussian with the deviation of leave-one-out errors
-(B. Baker, O. Gupta, R. Raskar, N. Naik, "Accelerating Neural Architecture Search using Performance
-Prediction", ICLR workshop 2018, arXiv 1705.10823; of its regressors ordinary least squares, by the
-pseudo-inverse, since the differences are linear in the values).
+`predict`: a regression on the finished runs (see `foretelling`) foretells the value at the end from
+the values so far and the run's place in the space; the run is hopeless when it stays behind the
+best with probability 0.99, its residuals being Gaussian (B. Baker, O. Gupta, R. Raskar, N. Naik,
+"Accelerating Neural Architecture Search using Performance Prediction", ICLR workshop 2018, arXiv
+1705.10823). Of the paper's features the number of parameters is left out: within a cell it follows
+from what is swept, and a run says it at its end. A search is told what was foretold.
 
 Every tenth run is a control that is never stopped. Runs on test seeds are never stopped either.
 """
@@ -20,11 +20,13 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple
 
 from peftcli.settings import Sweep
+from peftcli.sweep import foretelling
 from peftcli.sweep.objective import Objective
 
 CONTROLS = 10  # one run in so many is not stopped
@@ -33,35 +35,61 @@ TO_PREDICT = 20  # finished runs at least; the paper's main tables have 100
 Curve = Mapping[int, float]  # optimizer step -> value; larger is better
 
 
-def hopeless(
-    sweep: Sweep, goal: Objective, overrides: Sequence[str], curve: Curve, finished: Sequence[Curve]
-) -> str | None:
-    """Why a run is to be stopped, in one line; None: it goes on, as a control does in any case."""
-    return None if is_control(overrides) else judged(sweep, goal, curve, finished)
+@dataclass(frozen=True)
+class Seen:
+    """What is seen of a run: its evaluations after its start, and its place in the space."""
+
+    curve: Curve
+    traits: tuple[float, ...] = ()  # as numbers, of one length in a cell
+
+    @property
+    def end(self) -> float:
+        """Its last value."""
+        return self.curve[max(self.curve)]
 
 
-def judged(sweep: Sweep, goal: Objective, curve: Curve, finished: Sequence[Curve]) -> str | None:
-    """What the rule says of a curve, in one line; None: it may be the best.
-
-    `curve`: its evaluations after its start. `finished`: those of runs of the same cell that
-    came to their end, whose steps are all as many.
+class Stop(NamedTuple):
+    """Why a run is to be stopped, in one line, and what its end is worth to a search, where that
+    was foretold: larger is better.
     """
+
+    reason: str
+    foretold: float | None = None
+
+
+def hopeless(
+    sweep: Sweep, goal: Objective, overrides: Sequence[str], run: Seen, finished: Sequence[Seen]
+) -> Stop | None:
+    """Why a run is to be stopped; None: it goes on, as a control does in any case."""
+    return None if is_control(overrides) else judged(sweep, goal, run, finished)
+
+
+def judged(
+    sweep: Sweep,
+    goal: Objective,
+    run: Seen,
+    finished: Sequence[Seen],
+    tuned_on: Sequence[Seen] = (),
+) -> Stop | None:
+    """What the rule says of a run; None: it may be the best.
+
+    `finished`: the runs of the same cell that came to their end, whose steps are all as many.
+    `tuned_on`: those that the regression's parameters are chosen on; default: `finished`.
+    """
+    curve = run.curve
     least = max(sweep.prune_after, TO_PREDICT) if sweep.prune == "predict" else sweep.prune_after
     if sweep.prune == "none" or not curve:
         return None
-    step, total = max(curve), max((max(c) for c in finished if c), default=0)
-    whole = [c for c in finished if c and max(c) == total and curve.keys() <= c.keys()]
+    step, total = max(curve), max((max(other.curve, default=0) for other in finished), default=0)
+    whole, also = (
+        [o for o in runs if max(o.curve, default=0) == total and curve.keys() <= o.curve.keys()]
+        for runs in (finished, tuned_on)
+    )
     if len(whole) < least or not sweep.prune_from * total <= step < total:
         return None
-    behind = _behind_median if sweep.prune == "median" else _behind_prediction
-    found = behind(curve, whole)
-    if found is None:
-        return None
-    value, other = (f"{goal.signs[0] * v:.4g}" for v in found)
-    here = f"hopeless: {goal.names[0]} {value}"
     if sweep.prune == "median":
-        return f"{here} by step {step}, the median of {len(whole)} runs is {other}"
-    return f"{here} foretold at step {step}, the best of {len(whole)} runs has {other}"
+        return _behind_median(goal, curve, [other.curve for other in whole])
+    return _behind_prediction(sweep.prune_model, goal, run, whole, also)
 
 
 def is_control(overrides: Sequence[str]) -> bool:
@@ -71,66 +99,60 @@ def is_control(overrides: Sequence[str]) -> bool:
 
 
 def wrong_stops(
-    sweep: Sweep, goal: Objective, curves: Mapping[tuple[str, ...], Curve]
+    sweep: Sweep, goal: Objective, runs: Mapping[tuple[str, ...], Seen]
 ) -> tuple[int, int, int]:
     """Of finished runs: controls, those that the rule would have stopped by what the others came
     to, and those of these that ended as the best of all.
     """
-    best = max((c[max(c)] for c in curves.values() if c), default=0.0)
-    controls = {name: c for name, c in curves.items() if c and is_control(name)}
+    best = max((run.end for run in runs.values() if run.curve), default=0.0)
+    controls = {name: run for name, run in runs.items() if run.curve and is_control(name)}
     stopped = []
-    for name, curve in controls.items():
-        others = [c for other, c in curves.items() if other != name]
-        parts = [{s: curve[s] for s in sorted(curve)[:n]} for n in range(1, len(curve))]
-        if any(judged(sweep, goal, part, others) for part in parts):
-            stopped.append(curve)
-    return len(controls), len(stopped), sum(c[max(c)] == best for c in stopped)
+    for name, run in controls.items():
+        others = [other for known, other in runs.items() if known != name]
+        steps = sorted(run.curve)
+        parts = ({s: run.curve[s] for s in steps[:n]} for n in range(1, len(steps)))
+        told = (judged(sweep, goal, Seen(p, run.traits), others, [*runs.values()]) for p in parts)
+        if any(told):
+            stopped.append(run)
+    return len(controls), len(stopped), sum(run.end == best for run in stopped)
 
 
-def _behind_median(curve: Curve, finished: Sequence[Curve]) -> tuple[float, float] | None:
-    """(best so far, the median of the others' best by that step) of a run that is behind."""
+def _behind_median(goal: Objective, curve: Curve, finished: Sequence[Curve]) -> Stop | None:
+    """By its best value so far and the median of the others' best by that step."""
     step, best = max(curve), max(curve.values())
     middle = statistics.median(max(v for s, v in c.items() if s <= step) for c in finished)
-    return (best, middle) if best < middle else None
-
-
-def _behind_prediction(curve: Curve, finished: Sequence[Curve]) -> tuple[float, float] | None:
-    """(value foretold, the best of the others) of a run that is all but surely behind."""
-    steps, final = sorted(curve), [c[max(c)] for c in finished]
-    rows = [features([c[s] for s in steps]) for c in finished]
-    found = predict(rows, final, features([curve[s] for s in steps]))
-    if found is None or chance_of_less(max(final), *found) < CERTAIN:
+    if best >= middle:
         return None
-    return found[0], max(final)
+    of_them = f"the median of {len(finished)} runs is {_shown(goal, middle)}"
+    return Stop(f"hopeless: {goal.names[0]} {_shown(goal, best)} by step {step}, {of_them}")
 
 
-# -- the regression --------------------------------------------------------------------------------
-def features(values: Sequence[float]) -> list[float]:
-    """Values, their first and their second differences: 3 tau - 3 numbers of tau >= 2 values."""
-    first = [b - a for a, b in pairwise(values)]
-    second = [b - a for a, b in pairwise(first)]
-    return [*values, *first, *second]
+def _behind_prediction(
+    model: str, goal: Objective, run: Seen, finished: Sequence[Seen], tuned_on: Sequence[Seen]
+) -> Stop | None:
+    """By the end that is foretold, which is all but surely behind the best of the others."""
+    steps = sorted(run.curve)
 
+    def row(seen: Seen) -> foretelling.Row:
+        return foretelling.features([seen.curve[s] for s in steps], seen.traits)
 
-def predict(
-    rows: Sequence[Sequence[float]], final: Sequence[float], row: Sequence[float]
-) -> tuple[float, float] | None:
-    """(value at the end, deviation of leave-one-out errors) of the run with the features `row`, by
-    least squares of `final` on the standardised `rows`; None where runs are too few to tell errors.
-    """
-    import numpy as np
+    def runs(seen: Sequence[Seen]) -> foretelling.Runs:
+        return foretelling.Runs(tuple(map(row, seen)), tuple(other.end for other in seen))
 
-    X, y = np.asarray(rows, float), np.asarray(final, float)
-    middle, width = X.mean(0), X.std(0)
-    width[width == 0] = 1.0  # what is the same in all runs tells nothing
-    X = np.hstack([np.ones((len(X), 1)), (X - middle) / width])
-    inverse = np.linalg.pinv(X, rcond=1e-10)
-    leverage = np.einsum("ij,ji->i", X, inverse)
-    if leverage.max() > 1 - 1e-6:
+    found = foretelling.fitted(model, runs(finished), runs(tuned_on) if tuned_on else None)
+    if found is None:
         return None
-    errors = (y - X @ (inverse @ y)) / (1 - leverage)
-    x = np.concatenate([[1.0], (np.asarray(row, float) - middle) / width])
-    return float(x @ inverse @ y), float(np.sqrt(np.mean(errors**2)))
+    value, best = found.f(row(run)), max(other.end for other in finished)
+    if chance_of_less(best, value, found.deviation) < CERTAIN:
+        return None
+    foretold = f"{_shown(goal, value)} +- {found.deviation:.2g} foretold at step {steps[-1]}"
+    of_them = f"the best of {len(finished)} runs has {_shown(goal, best)}"
+    return Stop(f"hopeless: {goal.names[0]} {foretold}, {of_them}", value)
+
+
+def _shown(goal: Objective, value: float) -> str:
+    """A value as the metric that it came from."""
+    return f"{goal.signs[0] * value:.4g}"
 
 
 def chance_of_less(best: float, predicted: float, deviation: float) -> float:

@@ -17,6 +17,7 @@ class Results:
     """What the tuning runs of one cell came to."""
 
     scores: dict[Point, dict[Seed, Scores | None]] = field(default_factory=dict)  # None: failed
+    foretold: dict[Point, list[Scores]] = field(default_factory=dict)  # of runs that were stopped
     pending: dict[Point, set[Seed]] = field(default_factory=dict)
     waiting: int = 0
     seconds: float = 0.0
@@ -30,6 +31,8 @@ class Results:
             return
         scores = goal.scores(trial.metrics) if trial.state == "done" else None
         self.scores.setdefault(point, {})[seed] = scores
+        if trial.foretold is not None and len(goal.names) == 1:
+            self.foretold.setdefault(point, []).append((trial.foretold,))
         self.seconds += trial.seconds or 0.0
         self.tokens += trial.metrics.get("tokens", 0.0)
 
@@ -65,8 +68,18 @@ class Results:
 
     @property
     def tried(self) -> dict[Point, Scores | None]:
-        """Every setting with what a search is told of it; None: some of its runs have not ended."""
-        means = {p: self.mean(p) for p in self.points}
-        known = [m for m in means.values() if m]
+        """Every setting with what a search is told of it; None: some of its runs have not ended.
+
+        A stopped run counts with what was foretold for it. A setting that has one is none of
+        `best`: those were measured.
+        """
+        told = {p: self._told(p) for p in self.points}
+        known = [scores for scores in told.values() if scores]
         worst = tuple(map(min, zip(*known, strict=True))) if known else None
-        return {p: None if self.pending.get(p) else means[p] or worst or (0.0,) for p in means}
+        return {p: None if self.pending.get(p) else told[p] or worst or (0.0,) for p in told}
+
+    def _told(self, point: Point) -> Scores | None:
+        """The mean over the seeds that ended, or were foretold to; None where one failed."""
+        ended = self.ended(point)
+        good = [s for s in ended if s is not None] + self.foretold.get(point, [])
+        return objective.mean(good) if good and len(good) == len(ended) else None

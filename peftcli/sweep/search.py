@@ -5,19 +5,17 @@ is killed goes on as it would have, and several workers that ask one after the o
 
 Random search: Bergstra, Bengio, "Random Search for Hyper-Parameter Optimization", JMLR 2012.
 TPE: Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011, by Optuna.
-Differential evolution: see `evolution`.
+Differential evolution: see `evolution`; MetaDE on a surrogate: see `surrogate`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from peftcli.errors import ConfigError
-from peftcli.sweep import evolution
+from peftcli.sweep.chance import draw
 from peftcli.sweep.objective import Scores
 from peftcli.sweep.space import Choices, Dimension, Point, Space, values_of
 
@@ -46,7 +44,13 @@ def next_point(kind: str, space: Space, tried: Tried, seed: int) -> Point | None
     """The point that a search asks for after those `tried`, one that is not among them; None where
     it waits for what runs, or there is no other point.
     """
+    if kind == "metade":
+        from peftcli.sweep import surrogate
+
+        return surrogate.next_point(space, tried, seed) or _unseen(space, tried, seed)
     if kind == "de":
+        from peftcli.sweep import evolution
+
         new = evolution.next_points(space, tried, seed)
         if not new and None in tried.values():
             return None
@@ -62,12 +66,6 @@ def _unseen(space: Space, tried: Tried, seed: int) -> Point | None:
     """A random point where a search finds no new one; None where there is none."""
     order = _random(space, draw(seed, len(tried)))
     return next((point for point in order if point not in tried), None)
-
-
-def draw(*parts: int | str) -> int:
-    """A whole number in [0, 2^32) that belongs to `parts`."""
-    text = "/".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest())
 
 
 def _random(space: Space, seed: int) -> Iterator[Point]:
@@ -93,29 +91,18 @@ def _tpe(space: Space, tried: Tried, seed: int) -> Point:
     """What TPE asks for, the study rebuilt from the points in an order of chance: Optuna trusts the
     first of more than 25 less, and which were first depends on the workers.
     """
-    optuna = _optuna()
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     known = [scores for scores in tried.values() if scores]
     sampler = optuna.samplers.TPESampler(seed=seed)
-    study = optuna.create_study(
-        sampler=sampler, directions=["maximize"] * len(known[0] if known else (0,))
-    )
+    directions: Any = ["maximize"] * len(known[0] if known else (0,))
+    study = optuna.create_study(sampler=sampler, directions=directions)
     distributions = {d.key: _distribution(d, optuna.distributions) for d in space.dimensions}
     for point in sorted(tried, key=lambda p: draw(*p)):
         study.add_trial(_trial(space, point, tried[point], distributions, optuna.trial))
     asked = study.ask(distributions).params
     return tuple(f"{d.key}={_as_text(d, asked[d.key])}" for d in space.dimensions)
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise ConfigError(
-            "sweep.search=optuna needs Optuna: pip install 'peftcli[optuna]'. "
-            "sweep.search=random needs nothing."
-        ) from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    return optuna
 
 
 def _distribution(dimension: Dimension, of: Any) -> Any:

@@ -11,10 +11,11 @@ from peftcli.errors import ConfigError, did_you_mean
 from peftcli.screen import facts, say
 from peftcli.settings import Sweep
 from peftcli.sweep import incumbent, pruning, report
+from peftcli.sweep.encoding import traits_of
 from peftcli.sweep.ledger import Ledger, Member
 from peftcli.sweep.objective import Objective
-from peftcli.sweep.protocol import Study
-from peftcli.sweep.space import Point, Space
+from peftcli.sweep.protocol import Cell, Study
+from peftcli.sweep.space import Point, Space, values_of
 from peftcli.train.folder import write_json
 from peftcli.traits import family
 
@@ -28,7 +29,7 @@ class Searching:
     study: Study
     given: Sequence[str]  # the line
     sizes: dict[str, int] = field(default_factory=dict)  # of what running members have written
-    curves: dict[str, pruning.Curve] = field(default_factory=dict)  # of finished members
+    seen: dict[str, pruning.Seen] = field(default_factory=dict)  # of finished members
 
     @property
     def proposes(self) -> bool:
@@ -55,7 +56,7 @@ class Searching:
         planned = [m.overrides for m in ledger.members()]
         return [*planned, *self.study.to_tune(self.study.tuned(ledger.trials()))]
 
-    def hopeless(self, ledger: Ledger, member: Member) -> str | None:
+    def hopeless(self, ledger: Ledger, member: Member) -> pruning.Stop | None:
         """Why a running member need not go on; looked at when it has written something."""
         sweep, run_dir = self.study.sweep, ledger.run_dir(member.id)
         if sweep.prune == "none" or not self._has_news(member, run_dir):
@@ -64,13 +65,9 @@ class Searching:
         if cell is None:
             return None
         goal = self.study.objective(ledger.trials())
-        curve = pruning.read_curve(run_dir, goal)
-        finished = [
-            self._curve(other, ledger.run_dir(other.id), goal)
-            for other in ledger.members()
-            if other.state == "done" and self.study.cell_of(other.overrides) == cell
-        ]
-        return pruning.hopeless(sweep, goal, member.overrides, curve, finished)
+        run = self._seen(member, cell, run_dir, goal)
+        finished = list(self._finished(ledger, cell, goal).values())
+        return pruning.hopeless(sweep, goal, member.overrides, run, finished) if run else None
 
     def report(self, ledger: Ledger) -> None:
         """Say what came out; write the protocol's record once the test runs have ended."""
@@ -92,12 +89,8 @@ class Searching:
         goal, members = self.study.objective(ledger.trials()), ledger.members()
         totals = [0, 0, 0]
         for cell in self.study.cells:
-            curves = {
-                m.overrides: self._curve(m, ledger.run_dir(m.id), goal)
-                for m in members
-                if m.state == "done" and self.study.cell_of(m.overrides) == cell
-            }
-            found = pruning.wrong_stops(self.study.sweep, goal, curves)
+            runs = self._finished(ledger, cell, goal)
+            found = pruning.wrong_stops(self.study.sweep, goal, runs)
             totals = [a + b for a, b in zip(totals, found, strict=True)]
         pruned = sum(m.state == "pruned" for m in members)
         say(f"sweep.prune={self.study.sweep.prune}: {pruned} of {len(members)} runs stopped")
@@ -114,10 +107,25 @@ class Searching:
         self.sizes[member.id] = size
         return True
 
-    def _curve(self, member: Member, run_dir: Path, goal: Objective) -> pruning.Curve:
-        if member.id not in self.curves:
-            self.curves[member.id] = pruning.read_curve(run_dir, goal)
-        return self.curves[member.id]
+    def _finished(self, ledger: Ledger, cell: Cell, goal: Objective) -> dict[Point, pruning.Seen]:
+        """What is seen of the finished tuning runs of a cell, each read once."""
+        found = {}
+        for m in ledger.members():
+            if m.state != "done" or self.study.cell_of(m.overrides) != cell:
+                continue
+            seen = self.seen.get(m.id) or self._seen(m, cell, ledger.run_dir(m.id), goal)
+            if seen is not None:
+                found[m.overrides] = self.seen[m.id] = seen
+        return found
+
+    def _seen(
+        self, member: Member, cell: Cell, run_dir: Path, goal: Objective
+    ) -> pruning.Seen | None:
+        """None for a run of another space that the folder had before."""
+        point = cell.space.point_in(values_of(member.overrides))
+        if point is None:
+            return None
+        return pruning.Seen(pruning.read_curve(run_dir, goal), traits_of(cell.space, point))
 
 
 def searching(

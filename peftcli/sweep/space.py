@@ -83,13 +83,13 @@ class Interval:
 
     def at(self, u: float) -> str:
         """The value at `u` in [0, 1)."""
-        low, high = self._ends
+        low, high = self.ends
         value = _back(low + u * (high - low), self.log)
         return self.text(round(value) if self.integer else value)
 
     def position(self, text: str) -> float:
         """Where in [0, 1) a value stands, the inverse of `at`."""
-        low, high = self._ends
+        low, high = self.ends
         return (_scale(float(text), self.log) - low) / (high - low)
 
     def text(self, value: float) -> str:
@@ -118,7 +118,8 @@ class Interval:
         return min(max(value, self.low), self.high)
 
     @property
-    def _ends(self) -> tuple[float, float]:
+    def ends(self) -> tuple[float, float]:
+        """Where its positions begin and end, on its own scale."""
         margin = 0.5 if self.integer else 0.0  # each whole number has an equal share
         return _scale(self.low - margin, self.log), _scale(self.high + margin, self.log)
 

@@ -17,12 +17,13 @@ from peftcli.settings import Sweep
 from peftcli.sweep import claims, process
 from peftcli.sweep.board import Board
 from peftcli.sweep.claims import Claim
-from peftcli.sweep.ledger import ENDED, Ledger, Member, State
-from peftcli.sweep.process import Running, Slot
+from peftcli.sweep.ledger import ENDED, Ledger, Member
+from peftcli.sweep.process import Running, Slot, Verdict
+from peftcli.sweep.pruning import Stop
 
 POLL = 0.05  # seconds between looks at the running processes
 SCAN = 1.0  # seconds between looks at the folder, where there is nothing to start
-Hopeless = Callable[[Ledger, Member], str | None]  # why a running member need not go on
+Hopeless = Callable[[Ledger, Member], Stop | None]  # why a running member need not go on
 
 
 @dataclass
@@ -149,11 +150,12 @@ class Worker:
     def _stop_if_due(self, running: Running) -> None:
         limit = self.settings.timeout
         if limit is not None and running.seconds > limit:
-            running.verdict = "failed", f"took longer than sweep.timeout={limit:g} seconds"
+            reason = f"took longer than sweep.timeout={limit:g} seconds"
+            running.verdict = Verdict("failed", reason)
         elif self.hopeless is not None and time.monotonic() - running.judged > SCAN:
             running.judged = time.monotonic()
-            reason = self.hopeless(self.ledger, running.member)
-            running.verdict = ("pruned", reason) if reason is not None else None
+            stop = self.hopeless(self.ledger, running.member)
+            running.verdict = Verdict("pruned", *stop) if stop is not None else None
         if running.verdict is not None or self.was_stopped:
             running.stop()
 
@@ -162,10 +164,10 @@ class Worker:
         if running.claim.is_lost():
             self.board.lost(running.member)
             return
-        state, reason = outcome(running, code, self.was_stopped)
-        seconds = (running.member.seconds or 0.0) + running.seconds
+        became = outcome(running, code, self.was_stopped)
+        seconds = round((running.member.seconds or 0.0) + running.seconds, 3)
         member = self.ledger.write(
-            running.member, state=state, exit_code=code, reason=reason, seconds=round(seconds, 3)
+            running.member, exit_code=code, seconds=seconds, **became._asdict()
         )
         running.claim.release()
         self.board.ended(member, self.ledger)
@@ -193,15 +195,15 @@ class Worker:
             running.stop(signal.SIGINT if again else signal.SIGTERM)
 
 
-def outcome(running: Running, code: int, was_asked: bool) -> tuple[State, str | None]:
-    """(state, reason) of a member whose process ended with `code`."""
+def outcome(running: Running, code: int, was_asked: bool) -> Verdict:
+    """What became of a member whose process ended with `code`."""
     if code == 0 and (running.folder / "result.json").exists():
-        return "done", None
+        return Verdict("done")
     if running.verdict is not None:
         return running.verdict
     if code == Stopped.exit_code or (was_asked and code < 0):
-        return "stopped", None
-    return "failed", running.reason(code)
+        return Verdict("stopped")
+    return Verdict("failed", running.reason(code))
 
 
 def num_failures(members: Sequence[Member]) -> int:

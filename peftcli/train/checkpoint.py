@@ -12,9 +12,11 @@ files, byte for byte.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,12 +30,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from peftcli.core.host import Host
+from peftcli.disk import sync
 from peftcli.errors import DataError, NonFinite
 from peftcli.train import manifest, streams
 from peftcli.train.finite import not_finite
 from peftcli.train.rotation import Keep, by_step, rotate
 
 FORMAT = 1
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of disks that a network lies before
+PAUSES = (1.0, 10.0)  # seconds before a save is tried again after such an error
 
 
 @dataclass(frozen=True)
@@ -76,34 +81,54 @@ def save(
     """Write `folder`/step-NNNNNN and point to it; then remove what `keep` does not hold. A sound
     checkpoint of this step is the same already, and stays.
 
-    Raises `DataError` where the folder cannot be written, `NonFinite` for numbers that are not
-    finite; what was there before stays.
+    Raises `DataError` where the folder cannot be written, though it was tried again, `NonFinite`
+    for numbers that are not finite; what was there before stays.
     """
     target = folder / f"step-{step:06d}"
     if problem(target) is None:
         return target
-    aside = folder / f".{target.name}.{os.getpid()}"
+    try:
+        for pause in (*PAUSES, None):
+            try:
+                _write(target, parts, snapshot, progress, step)
+                break
+            except (OSError, SafetensorError) as e:
+                if pause is None or not _may_pass(e):
+                    raise
+                time.sleep(pause)
+    except (OSError, SafetensorError) as e:
+        raise DataError(
+            f"cannot write the checkpoint {target}: {getattr(e, 'strerror', None) or e}. Earlier "
+            "checkpoints are intact; `peft-train RUN_FOLDER` goes on from the newest."
+        ) from e
+    rotate(folder, step, keep)
+    return target
+
+
+def _may_pass(e: Exception) -> bool:
+    """Whether it is an error of a disk elsewhere that may be gone at the next try."""
+    return any(getattr(e, "errno", None) == n or f"(os error {n})" in str(e) for n in PASSING)
+
+
+def _write(
+    target: Path, parts: Parts, snapshot: Snapshot, progress: Mapping[str, Any], step: int
+) -> None:
+    """The checkpoint `target`, beside its place, then there, then pointed to."""
+    folder, aside = target.parent, target.with_name(f".{target.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         files = _write_files(aside, parts, snapshot, progress)
         _write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": files})
-        manifest.sync(aside)
+        sync(aside)
         if target.exists():  # a damaged one
             shutil.rmtree(target)
         aside.rename(target)
-        manifest.sync(folder)
+        sync(folder)
         _point(folder, target.name)
-    except (OSError, SafetensorError) as e:
-        raise DataError(
-            f"cannot write the checkpoint {target}: {getattr(e, 'strerror', None) or e}. Earlier "
-            "checkpoints are intact; `peft-train RUN_FOLDER` goes on from the newest."
-        ) from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    rotate(folder, step, keep)
-    return target
 
 
 def _write_files(
@@ -159,7 +184,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    manifest.sync(path)
+    sync(path)
 
 
 def _optimizer_state(parts: Parts) -> Iterator[tuple[str, str, Any]]:
@@ -198,9 +223,9 @@ def _is_plain(value: Any) -> bool:
 def _point(folder: Path, name: str) -> None:
     aside = folder / ".latest"
     aside.write_text(name + "\n", encoding="utf-8")
-    manifest.sync(aside)
+    sync(aside)
     aside.replace(folder / "latest")
-    manifest.sync(folder)
+    sync(folder)
 
 
 # -- reading ---------------------------------------------------------------------------------------

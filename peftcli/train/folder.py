@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from peftcli.disk import write_whole
 from peftcli.errors import ConfigError, DataError
 from peftcli.folders import shown
 from peftcli.train.loggers import Sink
@@ -90,12 +91,9 @@ class RunFolder:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON file, whole or not at all. Raises `DataError` where it cannot be written."""
-    aside = path.with_name(f".{path.name}")
     try:
-        aside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, json.dumps(value, indent=2, default=str) + "\n")
     except OSError as e:
-        aside.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {e.strerror}.") from None
 
 
@@ -136,9 +134,7 @@ class MetricsLog:
             return record["step"] <= (step if "loss" in record else evaluated)
 
         kept = [line for line in self._lines() if stays(line)]
-        aside = path.with_name(f".{path.name}")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, "".join(kept))
 
     def _lines(self) -> list[str]:
         if not self.path.exists():

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from peftcli.errors import ConfigError
+from peftcli.errors import ConfigError, first_sentence
+from peftcli.screen import say
 from peftcli.settings import Logger, Run
 
 
@@ -60,7 +61,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run whose id comes from the run folder, so that a resumed run goes on in it."""
+    """A wandb run whose id comes from the run folder, so that a resumed run goes on in it. Where
+    wandb's server is not reached, or does not let us in, the run is kept offline, to be sent later.
+    """
 
     def __init__(
         self, settings: Logger, folder: Path, name: str, config: Mapping[str, Any]
@@ -69,16 +72,26 @@ class Wandb:
             import wandb
         except ImportError:
             raise ConfigError("logger=wandb needs the package: pip install wandb") from None
-        self.run = wandb.init(
-            project=settings.project,
-            name=name,
-            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
-            resume="allow",
-            mode=settings.mode,
-            dir=str(folder),
-            config=dict(config),
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
-        )
+        options: dict[str, Any] = {
+            "project": settings.project,
+            "name": name,
+            "id": hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16],
+            "resume": "allow",
+            "dir": str(folder),
+            "config": dict(config),
+            "settings": wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        }
+        try:
+            self.run = wandb.init(mode=settings.mode, **options)
+        except wandb.Error as e:
+            if settings.mode == "offline":
+                raise
+            say(
+                f"wandb: {first_sentence(e)} The run is kept offline; "
+                f"`wandb sync {folder}/wandb/offline-run-*` sends it later.",
+                "yellow",
+            )
+            self.run = wandb.init(mode="offline", **options)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """All values of the step."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,12 +29,11 @@ from peftcli.core.method import Method, Step
 from peftcli.data.collate import Batch, Collator, Example
 from peftcli.dist.ranks import Ranks
 from peftcli.dist.strategies import Single
-from peftcli.errors import ConfigError, NonFinite, Stopped
+from peftcli.errors import ConfigError, Stopped
 from peftcli.settings import Task, Trainer
-from peftcli.train import better, checkpoint, device, objective, optim, rehearsal, streams
+from peftcli.train import better, checkpoint, device, finite, objective, optim, rehearsal, streams
 from peftcli.train.evaluate import Indexed
-from peftcli.train.finite import not_finite
-from peftcli.train.folder import Log, RunFolder, write_json
+from peftcli.train.folder import Log, RunFolder
 from peftcli.train.plan import Plan, Progress
 from peftcli.train.rotation import Keep
 from peftcli.train.signals import Stopper, StopRequested
@@ -109,7 +108,6 @@ class Loop:
                 self._save_if_due()
                 if self.progress.step >= self.plan.total:
                     return self.progress
-                self.stopper.poll()
                 if epoch != self.progress.step // self.plan.steps_per_epoch:
                     epoch = self.progress.step // self.plan.steps_per_epoch
                     order = self.order(epoch)
@@ -149,42 +147,52 @@ class Loop:
 
     # -- one step ----------------------------------------------------------------------------------
     def step(self, examples: Sequence[Example]) -> float:
-        """One optimizer step on these examples of all ranks; returns its loss."""
+        """One optimizer step on these examples of all ranks; returns its loss. Raises
+        `StopRequested`, before anything has changed, after a signal to any of them.
+        """
         start = time.perf_counter()
         t = Step(
             self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch
         )
         if self.ranks.rank:  # rank 0 goes on in the stream that is in its checkpoints
             streams.seed_all(self.seed, f"dropout/{self.ranks.rank}/{t.index}")
+        is_asked = self.stopper.received is not None
         shares = self.shares(examples)
         mine = [share.batch for share in shares if share.counts]
-        totals = objective.Totals.of(mine).over(self.ranks)
+        totals = self._agree(mine, is_asked)
         self.method.before_step(self.host, t)
         loss = self.forward_backward(shares, totals)
         penalty = self._penalise()
-        self.strategy.reduce(self.host)
+        broken = len(finite.not_finite(optim.state_tensors(self.optimizer)))
+        loss, broken = self.strategy.reduce(self.host, loss, broken)
         self.method.after_backward(self.host, t)
         norm = self.strategy.clip(self.host, self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
-        broken = len(not_finite(optim.state_tensors(self.optimizer)))
-        loss, tokens, broken = self.ranks.totals(loss, sum(b.num_tokens for b in mine), broken)
         is_sound = math.isfinite(loss + (penalty or 0.0)) and math.isfinite(norm)
         if is_sound and not broken:
             self.optimizer.step()
             self.progress.nonfinite = 0
         else:
-            self._refuse(examples, loss, norm, int(broken))
+            finite.refuse_step(self, examples, loss, norm, int(broken))
         self.optimizer.zero_grad(set_to_none=True)
         self.strategy.settle(self.host)
         self.scheduler.step()
         self.method.after_step(self.host, t)
         self._reset_optimizer()
         self.progress.step += 1
-        self.progress.tokens += int(tokens)
+        self.progress.tokens += totals.tokens
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
-        self._record(totals.targets, loss, penalty, norm, lr, int(tokens), seconds)
+        self._record(totals, loss, penalty, norm, lr, seconds)
         return loss
+
+    def _agree(self, mine: Sequence[Batch], is_asked: bool) -> objective.Totals:
+        """The step's totals over all ranks, in one message with whether one is asked to stop."""
+        own = objective.Totals.of(mine)
+        *summed, asked = self.ranks.totals(*astuple(own), is_asked)
+        if asked:
+            self.stopper.poll()
+        return objective.Totals(*map(int, summed))
 
     def shares(self, examples: Sequence[Example]) -> list[Share]:
         """What this rank computes of a step's examples, round by round."""
@@ -214,43 +222,13 @@ class Loop:
         (penalty / self.ranks.size).backward()  # the same on all ranks, whose gradients are summed
         return penalty.item()
 
-    def _refuse(self, examples: Sequence[Example], loss: float, norm: float, broken: int) -> None:
-        """Leave the weights alone, write down which examples it was, and stop when it goes on.
-        `broken`: tensors of the optimizer's state that are not finite.
-        """
-        self.progress.nonfinite += 1
-        step, where = self.progress.step, self.folder.path
-        ids = [str(e["id"]) for e in examples]
-        numbers = {"loss": repr(loss), "grad_norm": repr(norm), "optimizer_tensors": broken}
-        if self.ranks.is_main:
-            write_json(
-                where / f"nonfinite-{step:06d}.json", {"step": step, **numbers, "examples": ids}
-            )
-        said = f"loss {loss}, gradient norm {norm}"
-        said += f", {broken} tensors of the optimizer's state not finite" if broken else ""
-        self.screen.note(f"step {step}: {said}; the step was not taken")
-        if not_finite(self.host.trained()):
-            raise NonFinite(
-                f"the weights are not finite before step {step} ({said}): an earlier step made "
-                "them so, and nothing was saved of them. `peft-train RUN_FOLDER` goes on from the "
-                "newest checkpoint; a lower optimizer.lr needs resume=STEP_FOLDER."
-            )
-        if self.progress.nonfinite >= self.settings.nonfinite_patience:
-            raise NonFinite(
-                f"loss, gradients or the optimizer's state were not finite "
-                f"{self.progress.nonfinite} steps in a row (step {step}: {said}). The weights are "
-                "those before. Lower optimizer.lr, set trainer.bf16=false, or look at the examples "
-                f"in {where}/nonfinite-*.json."
-            )
-
     def _record(
         self,
-        targets: int,
+        totals: objective.Totals,
         loss: float,
         penalty: float | None,
         norm: float,
         lr: float,
-        tokens: int,
         seconds: float,
     ) -> None:
         """One line of metrics: `loss` is the task's, without the method's `penalty`. What depends
@@ -264,12 +242,12 @@ class Loop:
             **({} if penalty is None else {"penalty": penalty}),
             "grad_norm": norm,
             "lr": lr,
-            "targets": targets,
-            "tokens": tokens,
+            "targets": totals.targets,
+            "tokens": totals.tokens,
         }
         wall = {
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(tokens / seconds, 1),
+            "tokens_per_second": round(totals.tokens / seconds, 1),
             "peak_memory": device.peak_memory(where),
         }
         if step % self.settings.logging_steps == 0 or step == self.plan.total:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcli.disk import sha256, sync
 from peftcli.errors import DataError
-from peftcli.models.source import sha256
 
 FILES = ("trained.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 READ_AT_ONCE = 2**22  # bytes
@@ -48,15 +47,6 @@ def verified(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 def entry(path: Path, digest: str | None = None) -> dict[str, Any]:
     """Of a file, whose hash is read off it where it is not known."""
     return {"bytes": path.stat().st_size, "sha256": digest or sha256(path)}
-
-
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def misfit(path: Path, files: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from peftcli.data.collate import Batch, Choice
-from peftcli.settings import Task
+from peftcli.settings import LABELLED, Task
 
 Part = dict[str, Any]  # what a batch adds to the metrics, in plain numbers
 
@@ -42,7 +42,7 @@ class Metrics:
         if batch.choices:
             answers = [_choose(choice, -losses, batch.owner) for choice in batch.choices]
             part |= {"said": answers, "right": [choice.answer for choice in batch.choices]}
-        elif self.task in ("classification", "image_classification"):
+        elif self.task in LABELLED:
             part |= {"said": logits.argmax(-1).tolist(), "right": batch.targets.tolist()}
         elif self.task == "regression":
             said = logits.float().squeeze(-1)

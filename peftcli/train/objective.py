@@ -23,11 +23,12 @@ LEAST = 0.01  # added to 1 - p in the unlikelihood of T-Few, as in the authors' 
 
 @dataclass(frozen=True)
 class Totals:
-    """What the loss is a mean over: of all micro-batches of a step."""
+    """Of all micro-batches of a step: what the loss is a mean over, and the tokens."""
 
     targets: int
     wrong: int = 0  # tokens of wrong answer choices
     questions: int = 0  # examples with answer choices
+    tokens: int = 0
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Totals:
@@ -36,6 +37,7 @@ class Totals:
             targets=sum(b.num_targets for b in batches),
             wrong=sum(int(is_wrong(b).sum()) for b in batches if b.choices),
             questions=sum(len(b.choices) for b in batches),
+            tokens=sum(b.num_tokens for b in batches),
         )
 
     def over(self, ranks: Ranks) -> Totals:

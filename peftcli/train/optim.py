@@ -118,7 +118,8 @@ def state_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes that the optimizer will keep of all it trains: of a step on 64 x 64 zeros, scaled.
+    """Bytes that the optimizer will keep of all it trains: of a step on 64 x 64 zeros of a group's
+    type, scaled.
 
     An optimizer of its own class that a method brings is taken to keep two float32 a number.
     """
@@ -128,7 +129,8 @@ def state_bytes(optimizer: Optimizer) -> int:
         return 8 * sum(counts)
     total = 0.0
     for group, count in zip(groups, counts, strict=True):
-        tiny = torch.nn.Parameter(torch.zeros(64, 64, device=group["params"][0].device))
+        first = group["params"][0]
+        tiny = torch.nn.Parameter(torch.zeros(64, 64, device=first.device, dtype=first.dtype))
         tiny.grad = torch.zeros_like(tiny)
         probe = copy.copy(optimizer)
         probe.param_groups, probe.state = [{**group, "params": [tiny]}], defaultdict(dict)

@@ -58,7 +58,8 @@ def race_steps(
         (variant, work): [sys.executable, script, variant, json.dumps(asdict(work))]
         for variant, work in pairs
     }
-    return race(commands, rounds)
+    ours = [pair for pair in pairs if pair[0].startswith("ours")]
+    return race(commands, rounds, ours)
 
 
 def ratio(mine: Sequence[Answer], theirs: Sequence[Answer]) -> float:

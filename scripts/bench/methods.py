@@ -213,7 +213,7 @@ def race_all(chosen: dict[str, str], args: argparse.Namespace) -> dict[str, dict
     for start in range(0, len(names), TOGETHER):
         group = ["lora", *names[start : start + TOGETHER]]
         racing = [*group, *(HF + name for name in group)]
-        answers = race({name: command("--serve", name, args) for name in racing}, ROUNDS)
+        answers = race({name: command("--serve", name, args) for name in racing}, ROUNDS, group)
         for name in group:
             if answers[name]:
                 measured[name] = {

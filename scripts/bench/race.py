@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import TypedDict, TypeVar
+
+from peftcli.cli import WAITING
 
 K = TypeVar("K", bound=Hashable)
 Step = Callable[[], float]  # takes one step, returns its loss
@@ -47,17 +49,19 @@ def serve(make_step: Callable[[], Step]) -> None:
         answers.flush()
 
 
-def race(commands: Mapping[K, list[str]], rounds: int) -> dict[K, list[Answer]]:
-    """The answers of every worker to `rounds` requests, asked in turn; of those that fail, none."""
-    env = {
-        **os.environ,
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_OFFLINE": "1",
-    }
+def race(
+    commands: Mapping[K, list[str]], rounds: int, ours: Collection[K]
+) -> dict[K, list[Answer]]:
+    """The answers of every worker to `rounds` requests, asked in turn; of those that fail, none.
+
+    The threads of `ours` wait as `peft-train` has them wait, those of the others as libraries do.
+    """
+    env = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     pipe = subprocess.PIPE
     workers = {
-        key: subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
+        key: subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, env=env | WAITING if key in ours else env
+        )
         for key, command in commands.items()
     }
     answers: dict[K, list[Answer]] = {key: [] for key in workers}

@@ -23,6 +23,7 @@ from typing import Any
 
 from lora_step import where
 
+PROGRAM = str(Path(sys.executable).with_name("peft-train"))
 COMMANDS = (["--help"], ["methods"], ["+recipe=lora_llama", "--cfg", "job"])
 FIRST_STEP = [
     "+recipe=lora_llama",
@@ -58,28 +59,32 @@ def seconds(command: list[str], until: str | None = None, **more: str) -> float:
 
 def environment() -> dict[str, str]:
     """Offline, with plain output."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "dumb", "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "dumb"}
 
 
 # -- the same step, written by hand ----------------------------------------------------------------
-def write_chats(folder: Path) -> Path:
-    """The first batch of the recipe as chats, beside the folder of the model."""
+def prepared(words: list[str], folder: Path) -> tuple[Any, str, Any, Any]:
+    """A run, the folder of its model, its tokenizer and its data."""
     from peftcli import config
-    from peftcli.data.examples import Examples
     from peftcli.data.prepare import prepare
     from peftcli.models import inputs
     from peftcli.models.convert import folder_of
     from peftcli.models.source import cache_dir, resolve
 
-    run = config.typed(config.compose([*FIRST_STEP, f"run_dir={folder}"]))
+    run = config.typed(config.compose([*words, f"run_dir={folder}"]))
     source = resolve(run.model, cache_dir())
     tokenizer = inputs.load_tokenizer(source, run.model)
     data = prepare(run.dataset, "causal_lm", tokenizer, cache_dir=cache_dir() / "data")
-    train: Examples = data.train
-    rows = [train[i] for i in range(run.trainer.per_device_train_batch_size)]
+    return run, str(folder_of(source)), tokenizer, data
+
+
+def write_chats(folder: Path) -> Path:
+    """The first batch of the recipe as chats, beside the folder of the model."""
+    run, model, tokenizer, data = prepared(FIRST_STEP, folder)
+    rows = [data.train[i] for i in range(run.trainer.per_device_train_batch_size)]
     chats = [tokenizer.decode(row["input_ids"]) for row in rows]
     path = folder / "chats.json"
-    path.write_text(json.dumps({"model": str(folder_of(source)), "chats": chats}))
+    path.write_text(json.dumps({"model": model, "chats": chats}))
     return path
 
 
@@ -115,15 +120,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.plain:
         return plain(args.plain)
-    program = str(Path(sys.executable).with_name("peft-train"))
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         chats = write_chats(Path(name))
         for i in range(args.rounds):
             for words in COMMANDS:
-                took = seconds([program, *words])
+                took = seconds([PROGRAM, *words])
                 times.setdefault(f"peft-train {' '.join(words)}", []).append(took)
-            ours = [program, *FIRST_STEP, f"run_dir={name}/{i}"]
+            ours = [PROGRAM, *FIRST_STEP, f"run_dir={name}/{i}"]
             times.setdefault("first step, ours", []).append(seconds(ours, "step 1"))
             hf = [sys.executable, __file__, "--plain", str(chats)]
             times.setdefault("first step, HF peft", []).append(seconds(hf, "step 1"))

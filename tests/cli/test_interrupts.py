@@ -19,8 +19,7 @@ def handlers() -> Iterator[None]:
     """Python's own, whatever a shell that runs the tests in its background has set; afterwards
     those of before.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -28,7 +27,7 @@ def handlers() -> Iterator[None]:
     interrupts.heard.clear()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_what_a_library_makes_of_an_interrupt_ends_with_75(
     handlers: None,
     monkeypatch: pytest.MonkeyPatch,

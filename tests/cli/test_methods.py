@@ -64,6 +64,13 @@ def names(cli: Cli, *flags: str) -> set[str]:
     return {m["name"] for m in json.loads(cli("methods", *flags, "--json").stdout)}
 
 
+def test_what_an_option_takes_is_said_in_words() -> None:
+    takes = {(c.choice, k.name): k.takes for c in cards.cards("method") for k in c.keys}
+    assert not [key for key, said in takes.items() if "[" in said.partition("like ")[0] or not said]
+    assert takes["lisa", "always_on"] == "a list of embed | norm | head"
+    assert takes["bottleneck_adapter", "scale"] == "a number | learned | channel | null"
+
+
 def test_methods_are_chosen_by_their_traits(cli: Cli) -> None:
     everything = names(cli)
     assert {"lora", "full", "hf_peft"} <= everything

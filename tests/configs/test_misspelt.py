@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,13 +51,18 @@ def test_a_misspelt_group_is_suggested() -> None:
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def case(request: pytest.FixtureRequest) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+def case(request: pytest.FixtureRequest) -> tuple[DictConfig, list[tuple[str, ...]]]:
     """A configuration, and the keys to spoil in it: all, or those of the group that differs."""
-    found = OmegaConf.to_container(config.compose([request.param]))
-    assert isinstance(found, dict)
-    tree = {str(key): value for key, value in found.items()}
+    cfg = config.compose([request.param])
+    OmegaConf.set_struct(cfg, False)
     group = request.param.partition("=")[0]
-    return tree, [place for place in places(tree) if group not in tree or place[0] == group]
+    return cfg, [p for p in places(container(cfg)) if group not in cfg or p[0] == group]
+
+
+def container(cfg: DictConfig) -> dict[str, Any]:
+    found = OmegaConf.to_container(cfg)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
 
 
 def places(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -68,38 +72,50 @@ def places(tree: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield from ((key, inner) for inner in value)
 
 
-def checked(tree: dict[str, Any]) -> str | None:
-    """None where it is accepted, else the message; anything but a ConfigError escapes."""
-    cfg = OmegaConf.create(tree)
-    assert isinstance(cfg, DictConfig)
+def spoilt(cfg: DictConfig, place: tuple[str, ...], values: dict[str, Any]) -> str | None:
+    """With `values` in the place of a key: None where that is accepted, else the message; anything
+    but a ConfigError escapes.
+    """
+    node = cfg if len(place) == 1 else cfg[place[0]]
+    kept = node._get_node(place[-1])
+    del node[place[-1]]
+    for key, value in values.items():
+        node[key] = value
     try:
         config.typed(cfg)
     except ConfigError as e:
         return str(e)
+    finally:
+        for key in values:
+            del node[key]
+        node[place[-1]] = kept
     return None
 
 
 def test_wrong_values_are_config_errors_that_name_the_key(case: Any) -> None:
-    tree, keys = case
+    cfg, keys = case
     for place in keys:
         for value in WRONG:
-            changed = copy.deepcopy(tree)
-            node = changed if len(place) == 1 else changed[place[0]]
-            node[place[-1]] = value
-            message = checked(changed)
+            message = spoilt(cfg, place, {place[-1]: value})
             assert message is None or ".".join(place) in message, (place, value, message)
 
 
 def test_removed_and_misspelt_keys_never_break_anything_else(case: Any) -> None:
-    tree, keys = case
+    cfg, keys = case
     for place in keys:
-        for new_name in (None, f"{place[-1]}x"):
-            changed = copy.deepcopy(tree)
-            node = changed if len(place) == 1 else changed[place[0]]
-            value = node.pop(place[-1])
-            if new_name:
-                node[new_name] = value
-            message = checked(changed)
-            if place[-1] == "_target_":
-                continue
-            assert new_name is None or (message is not None and new_name in message), place
+        node = container(cfg)
+        value = node[place[0]] if len(place) == 1 else node[place[0]][place[1]]
+        spoilt(cfg, place, {})
+        message = spoilt(cfg, place, {f"{place[-1]}x": value})
+        if place[-1] != "_target_":
+            assert message is not None, place
+            assert f"{place[-1]}x" in message, place
+
+
+def test_a_spoilt_configuration_is_whole_again() -> None:
+    cfg = config.compose([RUNS[0]])
+    OmegaConf.set_struct(cfg, False)
+    before = config.typed(cfg)
+    assert spoilt(cfg, ("method", "r"), {"r": -1}) is not None
+    assert spoilt(cfg, ("method",), {}) is not None
+    assert config.typed(cfg) == before

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -41,6 +42,13 @@ needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
 Together = Callable[..., list[Any]]
+
+
+def free_port() -> int:
+    """Of this machine, at this moment."""
+    with socket.socket() as held:
+        held.bind(("localhost", 0))
+        return held.getsockname()[1]
 
 
 def fork(n: int, work: Callable[[int], None], folder: Path) -> list[int]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from peftcli.cli import main
+from peftcli.cli import ended_by, main
 from peftcli.dist import causes
+from peftcli.errors import Stopped
 
 
 @pytest.fixture
@@ -43,6 +44,17 @@ def test_without_a_launcher_of_ours_a_rank_says_it_itself(
     assert main(["rank"]) == 2
     assert "one file" in capsys.readouterr().err
     assert (as_rank / "error.json").exists()
+
+
+def test_of_ranks_that_were_stopped_together_rank_0_alone_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert ended_by(Stopped("saved")) == 75
+        said.append(capsys.readouterr().err)
+    assert said == ["error: saved\n", ""]
 
 
 def test_the_earliest_cause_is_the_first(tmp_path: Path) -> None:

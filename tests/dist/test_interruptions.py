@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
+from peftcli import interrupts
 from peftcli.data.collate import Batch, Example
+from peftcli.dist import joining
 from peftcli.dist.ranks import Ranks
-from peftcli.errors import NonFinite, Stopped
+from peftcli.errors import ConfigError, NonFinite, Stopped
 from peftcli.train import checkpoint
-from tests.dist.conftest import MakeLoop, Together, needs_deepspeed, strategy
+from tests.dist.conftest import MakeLoop, Together, fork, free_port, needs_deepspeed, strategy
 from tests.laws.test_method_laws import make_method
 from tests.train.conftest import chats
 
@@ -50,8 +55,9 @@ def watched(loop: Any) -> list[str]:
     seen, plain = [], loop.step
 
     def step(examples: list[Example]) -> float:
+        loss = plain(examples)
         seen.append(" ".join(str(e["id"]) for e in examples))
-        return plain(examples)
+        return loss
 
     loop.step = step
     return seen
@@ -199,3 +205,24 @@ def poison(loop: Any, steps: set[int]) -> None:
             return next(iter(host.trained().values())).sum() * float("nan")
 
     object.__setattr__(loop.method, "__class__", Poisoned)
+
+
+def test_a_signal_to_a_rank_that_waits_for_others_ends_it(tmp_path: Path) -> None:
+    port = free_port()
+
+    def be_rank(number: int) -> None:
+        interrupts.until_a_run_has_its_own()
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with interrupts.heard_in_waits():
+            dist.init_process_group("gloo", rank=0, world_size=2)
+
+    begun = time.monotonic()
+    assert fork(1, be_rank, tmp_path) == [75]
+    assert time.monotonic() - begun < 20
+
+
+def test_ranks_do_not_look_for_a_node_of_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node1.invalid")
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR=node1\.invalid: .* is not known"):
+        joining._refuse_unknown_host()

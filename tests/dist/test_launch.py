@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +17,10 @@ from safetensors.torch import load_file
 
 from peftcli.cli import main
 from tests.conftest import Cli, environment
-from tests.dist.conftest import fork
+from tests.dist.conftest import fork, free_port
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")
+SLURM = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS")
 DEEPSPEED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")  # and a word of its own
 
 
@@ -62,12 +61,6 @@ def pid_of(rank: int) -> int:
         except OSError:
             continue
     raise AssertionError(f"rank {rank} does not run")
-
-
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("localhost", 0))
-        return held.getsockname()[1]
 
 
 @pytest.fixture

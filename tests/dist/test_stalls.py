@@ -48,18 +48,37 @@ def test_a_rank_that_hangs_leaves_its_stacks_and_the_others_say_where(
 
     fork(2, be_rank, tmp_path)
     folder = Path(run.run_dir)
-    assert "sleep_in_the_middle_of_a_step" in (folder / stalls.NAME.format(1)).read_text()
-    assert "most" in (folder / stalls.NAME.format(0)).read_text()
+    assert "sleep_in_the_middle_of_a_step" in (folder / stalls.name(1)).read_text()
+    assert "most" in (folder / stalls.name(0)).read_text()
     assert f"{folder}/stacks-rank-*.txt" in (tmp_path / "lost").read_text()
     said = stalls.told(folder, [1], LIMIT)
     assert said == (
         f"rank 1 did not answer for launch.timeout=2 seconds; where rank 1 stood: "
         f"{folder}/stacks-rank-1.txt"
     )
-    (folder / stalls.NAME.format(1)).write_text("")  # as where the system had stopped it
+    (folder / stalls.name(1)).write_text("")  # as where the system had stopped it
     assert "rank 1 left no stacks" in (stalls.told(folder, [1], LIMIT) or "")
     stalls.forget(folder)
     assert stalls.told(folder, [1], LIMIT) is None
+
+
+def test_the_stacks_of_a_first_start_outlive_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (first := tmp_path / stalls.name(3)).write_text("where it stood")
+    for number, key in enumerate(stalls.RESTARTS, 1):
+        monkeypatch.setenv(key, str(number))
+        with pytest.raises(TimeoutError), stalls.Watch(tmp_path, 3, 0.1) as watch:
+            time.sleep(0.2)
+            raise TimeoutError
+        assert watch.path != first
+        said = stalls.told(tmp_path, [3], LIMIT) or ""
+        assert str(watch.path) in said
+        monkeypatch.delenv(key)
+    assert first.read_text() == "where it stood"
+    assert len(list(tmp_path.glob(stalls.ALL))) == 3
+    stalls.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_rank_that_goes_on_leaves_nothing(tmp_path: Path) -> None:

@@ -66,6 +66,17 @@ def test_stock_peft_computes_the_same_with_our_adapter(
     )
 
 
+@pytest.mark.parametrize(("use_rslora", "factor"), [(False, 2.0), (True, 2**0.5)])
+def test_a_start_that_the_base_gave_away_is_exported_at_twice_the_rank_and_the_same_scale(
+    use_rslora: bool, factor: float, tmp_path: Path
+) -> None:
+    host = trained("llama", LoRA(r=3, alpha=5.0, init="pissa", use_rslora=use_rslora))
+    adapter.save(host, "default", tmp_path, "causal_lm", "base")
+    config = adapter.read_config(tmp_path)
+    assert config["r"] == 6
+    assert config["lora_alpha"] == pytest.approx(5.0 * factor)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("model", TASKS)
 def test_our_adapter_loads_again(model: str, variant: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from peftcli.kernels.packed_attention import Segment, packed_attention, packed_a
 
 LAYOUTS = {
     "one": (Segment(0, 7),),
+    "of one length": (Segment(0, 4), Segment(4, 8), Segment(8, 12)),
     "apart": (Segment(0, 3), Segment(3, 4), Segment(4, 12)),
     "shared beginning": (Segment(0, 5), Segment(5, 9, 0, 5), Segment(9, 10, 0, 5)),
     "two beginnings": (

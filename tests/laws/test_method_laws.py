@@ -355,14 +355,14 @@ def rounded_apart(host: Host, model: str) -> float:
 
 
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, at every 8-bit product
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "gptq"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_quantised_base_trains_the_deltas_or_is_refused(method: str, kind: str) -> None:
     torch.manual_seed(7)
     host = Host(tiny.quantised(tiny.models()["llama"](), kind))
     base = logits(host.model, "llama")
     if not make_method(method).on_quantised:
-        with pytest.raises(ConfigError, match=r"4 or 8 bits|quantised"):
+        with pytest.raises(ConfigError, match=r"few bits|quantised"):
             host.add(make_method(method))
         return
     try:
@@ -371,13 +371,13 @@ def test_a_quantised_base_trains_the_deltas_or_is_refused(method: str, kind: str
         pytest.skip(f"refused: {refusal}")
     if make_method(method).starts_at_base:
         # the 8-bit product rounds its inputs too, that of a changed weight does not
-        atol = 1e-3 if kind == "nf4" else 1e-2
+        atol = 1e-2 if kind == "int8" else 1e-3
         torch.testing.assert_close(logits(host.model, "llama"), base, atol=atol, rtol=1e-2)
     move(host)
     grads = backward(host, "llama")
     assert grads.keys() == host.trained().keys() != set()
     assert all(g.isfinite().all() for g in grads.values())
-    with pytest.raises(ConfigError, match=r"4 or 8 bits|does not fold"):
+    with pytest.raises(ConfigError, match=r"\d bits|does not fold"):
         host.merge()
 
 

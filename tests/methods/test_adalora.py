@@ -147,6 +147,16 @@ def test_exactly_the_budget_keeps_its_singular_values() -> None:
     assert torch.equal(alive, torch.cat([d.kept for d in deltas]))
 
 
+def test_triplets_of_equal_scores_are_pruned_together() -> None:
+    delta = AdaLoRADelta(site_of(nn.Linear(4, 4)), 4, 1.0)
+    with torch.no_grad():
+        delta.E.fill_(1.0)
+        delta.gradients = {"E": torch.tensor([[1.0], [2], [2], [3]])}
+        delta.update_scores(0.85, 0.85)
+        prune([delta], 2)
+    assert delta.kept.tolist() == [False, False, False, True]
+
+
 def test_the_penalty_is_a_mean_that_orthogonal_factors_do_not_pay() -> None:
     host = Host(tiny.models()["llama"]())
     few = AdaLoRA(init_r=4, target_r=2, orth_reg=0.3, target_modules=("q",))
@@ -260,6 +270,7 @@ def test_training_prunes_to_the_target_and_then_keeps_the_ranks(make_loop: MakeL
     due = {t: SCHEDULE.budget(t, 10, sites) for t in (4, 6, 7, 8, 9, 10)}
     assert {t: counts[t - 1] for t in due} == due
     assert counts[0] == counts[2] == 3 * sites
+    assert counts[4] > counts[3]  # between two prunings what was pruned comes back
     assert due[7] == sites
     assert all(torch.equal(mask, masks[6]) for mask in masks[7:])
 

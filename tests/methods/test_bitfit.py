@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BloomConfig, RobertaConfig, T5Config
+from transformers import BertConfig, BloomConfig, PreTrainedConfig, RobertaConfig, T5Config
 
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, NotApplicable
@@ -18,13 +19,13 @@ from tests import tiny
 
 LABELS = ("no", "yes")
 BASE = BertConfig(vocab_size=28996)
-LARGE = BertConfig(
-    vocab_size=28996,
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-)
+SIZES: Any = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+LARGE = BertConfig(vocab_size=28996, **SIZES)
 
 
 def count(host: Host, **options: object) -> int:
@@ -44,8 +45,9 @@ def count(host: Host, **options: object) -> int:
         (BASE, ("attention.output.LayerNorm",), 12 * 768 + 768),
         (BASE, ("norm",), 25 * 768 + 768),
         (RobertaConfig(), ("all",), 102_144),
+        (RobertaConfig(**SIZES), ("all",), 271_360),
     ],
-    ids="base large small names dense norms attention-norm every-norm roberta".split(),
+    ids="base large small names dense norms attention-norm every-norm roberta robertas".split(),
 )
 def test_parameters_without_the_head(config: object, terms: tuple[str, ...], wanted: int) -> None:
     host = Host(empty_model(config, "classification", LABELS))
@@ -56,12 +58,22 @@ def test_parameters_without_the_head(config: object, terms: tuple[str, ...], wan
     assert total - head == wanted
 
 
-def test_parameters_with_a_fresh_head() -> None:
-    host = Host(empty_model(BASE, "classification", LABELS), ["classifier"])
-    host.add(BitFit())
-    trained, total = host.num_parameters()
-    assert trained == 102_912 + 1_538
-    assert total == 108_310_272 + 1_538
+@pytest.mark.parametrize(
+    ("config", "terms", "counts", "percent"),
+    [
+        (BASE, ("all",), (102_912, 108_310_272), 0.095),
+        (BASE, ("q", "up"), (46_848, 108_310_272), 0.043),
+        (LARGE, ("all",), (272_384, 333_579_264), 0.082),
+    ],
+)
+def test_shares_of_the_paper_and_a_fresh_head_beside(
+    config: PreTrainedConfig, terms: tuple[str, ...], counts: tuple[int, int], percent: float
+) -> None:
+    host = Host(empty_model(config, "classification", LABELS), ["classifier"])
+    host.add(BitFit(bias_terms=terms))
+    head = 2 * config.hidden_size + 2
+    assert host.num_parameters() == (counts[0] + head, counts[1] + head)
+    assert round(100 * counts[0] / counts[1], 3) == percent
 
 
 def test_parameters_of_bloom() -> None:
@@ -88,6 +100,9 @@ def test_biases_added_to_t5_base() -> None:
     host = Host(empty_model(config, "seq2seq"))
     host.add(BitFit(add_missing_bias=True))
     assert host.num_parameters()[0] == 227_328
+    host.remove("default")
+    host.add(BitFit(bias_terms=("all-linear", "lm_head"), add_missing_bias=True))
+    assert host.num_parameters()[0] == 259_456
 
 
 def test_only_biases_and_the_head_change_in_a_step() -> None:

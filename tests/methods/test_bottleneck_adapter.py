@@ -28,13 +28,11 @@ BERT_LARGE = BertConfig(
 T5 = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
 
 
-def count(config: Any, task: Any, method: BottleneckAdapter) -> tuple[int, int, int]:
-    """(deltas, norms, adapters) on a model without weights."""
-    host = Host(empty_model(config, task))
-    host.add(method)
-    sizes = {n: p.numel() for n, p in host.trained().items()}
-    mine = sum(size for n, size in sizes.items() if ".deltas." in n)
-    return mine, sum(sizes.values()) - mine, len(host.sites["default"])
+BASES = {  # without a head
+    "bert": 109_482_240,
+    "bert-large": 335_141_888,
+    "t5": 222_903_552,
+}
 
 
 def host_of(model: str, **fields: Any) -> Host:
@@ -70,31 +68,40 @@ def test_the_worked_example() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "task", "fields", "wanted"),
+    ("base", "fields", "wanted", "percent"),
     [
-        (BERT, "classification", {"bottleneck_dim": 64}, (2_379_264, 38_400, 24)),
-        (BERT_LARGE, "classification", {"bottleneck_dim": 64}, (6_343_680, 100_352, 48)),
-        (BERT, "classification", {"preset": "pfeiffer"}, (894_528, 0, 12)),
-        (T5, "seq2seq", {"bottleneck_dim": 24}, (1_855_104 - 47_616, 47_616, 48)),
+        ("bert", {"bottleneck_dim": 64}, (2_379_264, 38_400, 24), 2.208),
+        ("bert-large", {"bottleneck_dim": 64}, (6_343_680, 100_352, 48), 1.923),
+        ("bert", {"preset": "pfeiffer"}, (894_528, 0, 12), 0.817),
+        ("t5", {"bottleneck_dim": 24}, (1_855_104 - 47_616, 47_616, 48), 0.832),
         (
-            T5,
-            "seq2seq",
+            "t5",
             {"bottleneck_dim": 24, "positions": ("ffn",)},
             (951_360 - 47_616, 47_616, 24),
+            0.427,
         ),
         (  # AdapterDrop: the upper seven layers of both stacks
-            T5,
-            "seq2seq",
+            "t5",
             {"bottleneck_dim": 24, "leave_out": (0, 1, 2, 3, 4)},
             (1_101_984 - 47_616, 47_616, 28),
+            0.494,
         ),
     ],
     ids=["bert", "bert-large", "pfeiffer", "t5", "t5-ffn", "adapterdrop"],
 )
 def test_counts_of_the_papers(
-    config: Any, task: Any, fields: Any, wanted: tuple[int, int, int]
+    base: str, fields: Any, wanted: tuple[int, int, int], percent: float
 ) -> None:
-    assert count(config, task, BottleneckAdapter(**fields)) == wanted
+    """(deltas, norms, adapters) on a model without weights."""
+    config = {"bert": BERT, "bert-large": BERT_LARGE, "t5": T5}[base]
+    host = Host(empty_model(config, "seq2seq" if base == "t5" else "classification"))
+    named = host.model.named_parameters()
+    assert sum(p.numel() for n, p in named if not n.startswith("classifier")) == BASES[base]
+    host.add(BottleneckAdapter(**fields))
+    sizes = {n: p.numel() for n, p in host.trained().items()}
+    mine = sum(size for n, size in sizes.items() if ".deltas." in n)
+    assert (mine, sum(sizes.values()) - mine, len(host.sites["default"])) == wanted
+    assert round(100 * sum(sizes.values()) / BASES[base], 3) == percent
 
 
 @pytest.mark.parametrize("model", sorted(tiny.models()))
@@ -234,6 +241,15 @@ def test_drop_path_drops_whole_examples_and_keeps_the_mean() -> None:
     kept = y.flatten(1).abs().sum(1) > 0
     assert kept.float().mean().item() == pytest.approx(0.75, abs=0.03)
     torch.testing.assert_close(y[kept], core.eval()(x)[kept] / 0.75)
+
+
+def test_dropout_is_on_the_scaled_branch_and_only_while_training() -> None:
+    host = Host(tiny.bert())
+    host.add(BottleneckAdapter(dropout=0.5, scale="channel", ln_out=False))
+    core, x = core_at(host, 0), torch.randn(64, 3, 32)
+    whole, part = core.eval()(x), core.train()(x)
+    assert 0.45 < (part == 0).float().mean().item() < 0.55
+    torch.testing.assert_close(part[part != 0], 2 * whole[part != 0])
 
 
 def test_a_learned_scale_is_one_number_that_starts_at_one() -> None:

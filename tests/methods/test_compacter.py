@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5Config
 
 from peftcli.core.host import Host
@@ -55,21 +56,48 @@ def test_the_product_is_that_of_the_materialised_matrix(
     torch.testing.assert_close(layer(x), x @ materialised(layer) + layer.b, atol=1e-5, rtol=1e-5)
 
 
+def test_a_projection_down_costs_the_papers_multiplications() -> None:
+    weights, A = Weights(4, 192, 6, 1), torch.randn(4, 4, 4)
+    with FlopCounterMode(display=False) as counted:
+        weights.mix(torch.randn(1, 4, 192), A)
+    assert counted.get_total_flops() == 2 * 4 * (768 + 16 + 24) == 6_464
+    with FlopCounterMode(display=False) as counted:
+        torch.randn(1, 768) @ torch.randn(768, 24)
+    assert counted.get_total_flops() == 36_864
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_low_rank_is_a_product_of_two_thin_matrices(rank: int) -> None:
+    torch.manual_seed(0)
+    host = Host(tiny.bert())
+    host.add(Compacter(variant="low_rank", reduction_factor=4.0, rank=rank))
+    core = cast(Any, next(d for _, d in host.deltas())).core
+    x = torch.randn(2, 5, 32)
+    H = core.down.s[0] @ core.down.t[0]
+    assert H.shape == (32, 8)
+    assert int(torch.linalg.matrix_rank(H)) == rank
+    torch.testing.assert_close(core.down(x), x @ H + core.down.b)
+    with pytest.raises(ConfigError, match="low_rank does not have"):
+        Compacter(variant="low_rank", shared_w=True)
+
+
 @pytest.mark.parametrize(
-    ("fields", "wanted"),
+    ("fields", "wanted", "percent"),
     [
-        ({}, 161_728),
-        ({"variant": "compacter++"}, 104_704),
-        ({"variant": "phm", "n": 12}, 398_976),
+        ({}, 161_728, 0.073),
+        ({"variant": "compacter++"}, 104_704, 0.047),
+        ({"variant": "phm", "n": 12}, 398_976, 0.179),
+        ({"variant": "low_rank"}, 48 * (2 * (768 + 24) + 768 + 24) + 47_616, 0.073),
     ],
-    ids=["compacter", "compacter++", "phm"],
+    ids=["compacter", "compacter++", "phm", "low-rank"],
 )
-def test_counts_of_the_paper(fields: Any, wanted: int) -> None:
+def test_counts_of_the_paper(fields: Any, wanted: int, percent: float) -> None:
     model = empty_model(T5, "seq2seq")
     host = Host(model)
     assert host.num_parameters()[1] == 222_903_552
     host.add(Compacter(**fields))
     assert host.num_parameters()[0] == wanted
+    assert round(100 * wanted / 222_903_552, 3) == percent
     assert not any("EncDecAttention" in s.path for s in host.sites["default"])
 
 
@@ -132,6 +160,7 @@ def test_a_bottleneck_that_n_does_not_divide_is_refused() -> None:
         {"factorized_rule": True},
         {"learn_phm": False},
         {"rank": 2, "variant": "compacter++"},
+        {"rank": 2, "variant": "low_rank"},
     ],
     ids=lambda fields: "-".join(fields),
 )
@@ -144,5 +173,6 @@ def test_every_variant_trains_what_it_says(fields: Any) -> None:
             p.add_(0.3 * torch.randn_like(p))
     host.model(**tiny.batch("bert")).loss.backward()
     assert all(p.grad is not None and p.grad.any() for p in host.trained().values())
-    assert any("rule" in n for n in host.trained()) == fields.get("learn_phm", True)
+    ruled = fields.get("learn_phm", True) and fields.get("variant") != "low_rank"
+    assert any("rule" in n for n in host.trained()) == ruled
     assert ("deltas_shared.default.down" in " ".join(host.state())) == bool(fields.get("shared_w"))

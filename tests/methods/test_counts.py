@@ -38,6 +38,8 @@ COUNTS: list[tuple[str, dict[str, Any], str, int]] = [
     ("full", {}, "llama2_7b", 6_738_415_616),
     ("full", {}, "gpt2", 124_439_808),
     ("hf_peft", {"config": {"r": 8}, "target_modules": ("q", "v")}, "roberta_base", 294_912),
+    ("intrinsic_dimension", {"d": 207}, "roberta_large", 207),
+    ("intrinsic_dimension", {"d": 322, "said": False}, "roberta_large", 322),
     (
         "hf_peft",
         {"peft_type": "IA3", "config": {"feedforward_modules": ["down_proj"]}},

@@ -20,6 +20,8 @@ from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.kernels.dropout import dropout
 from peftcli.methods.dora import DoRA, DoRADelta, MagnitudeDelta
+from peftcli.methods.lora import LoRA
+from peftcli.methods.low_rank import LowRank
 from peftcli.models.load import empty_model
 from tests import tiny
 
@@ -171,6 +173,7 @@ def llama(version: int) -> nn.Module:
     config = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
     config.intermediate_size = 11008 if version == 1 else 14336
     config.num_key_value_heads = 32 if version == 1 else 8
+    config.vocab_size = 32_000 if version == 1 else 128_256
     return empty_model(config, "causal_lm")
 
 
@@ -200,6 +203,32 @@ def test_the_papers_counts(version: int, method: DoRA, count: int) -> None:
     assert count == sum(rank * (s.d_in + s.d_out) for s in sites) + every
 
 
+@pytest.mark.parametrize(
+    ("version", "method", "printed"),
+    [
+        (1, LoRA(r=32, target_modules=PAPER), 0.83),
+        (1, DoRA(), 0.84),
+        (1, DoRA(r=16), 0.43),
+        (
+            1,
+            DoRA(
+                target_modules=("q", "k", "v"), magnitude_only_modules=("o", "gate", "up", "down")
+            ),
+            0.39,
+        ),
+        (3, LoRA(r=32, target_modules=PAPER), 0.70),
+        (3, DoRA(), 0.71),
+    ],
+)
+def test_the_papers_shares_are_of_base_and_adapter(
+    version: int, method: LowRank, printed: float
+) -> None:
+    host = Host(llama(version))
+    host.add(method)
+    trained, every = host.num_parameters()
+    assert round(100 * trained / every, 2) == printed
+
+
 # -- options ---------------------------------------------------------------------------------------
 def test_magnitudes_alone_keep_the_directions_and_fold(tmp_path: Path) -> None:
     method = DoRA(r=2, target_modules=("q",), magnitude_only_modules=("o", "down"))
@@ -222,6 +251,30 @@ def test_magnitudes_alone_keep_the_directions_and_fold(tmp_path: Path) -> None:
     torch.testing.assert_close(outputs(again.model), before)
     host.merge()
     torch.testing.assert_close(outputs(host.model), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"])
+def test_the_factors_may_start_as_loras_do(init: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    host = Host(tiny.models()["llama"]())
+    host.add(DoRA(r=2, alpha=3.0, dropout=0.0, init=init))
+    base = outputs(tiny.models()["llama"]())
+    torch.testing.assert_close(outputs(host.model), base, atol=1e-5, rtol=1e-5)
+    for site, delta in host.deltas():
+        assert bool(delta.lora.B.any()) == (init != "gaussian")
+        torch.testing.assert_close(delta.m, site.weight.norm(dim=1))
+        with torch.no_grad():
+            for p in delta.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        V = site.weight + delta.lora.delta(site.weight)
+        W = delta.merged(site.weight, None)[0]
+        torch.testing.assert_close(W, delta.m[:, None] * V / V.norm(dim=1, keepdim=True))
+    ours = outputs(host.model)
+    adapter.save(host, "default", tmp_path, "causal_lm", "base")
+    theirs = peft.PeftModel.from_pretrained(tiny.models()["llama"](), tmp_path)
+    torch.testing.assert_close(outputs(theirs), ours, atol=1e-5, rtol=1e-5)
+    host.merge()
+    torch.testing.assert_close(outputs(host.model), ours, atol=1e-5, rtol=1e-5)
 
 
 def test_a_module_cannot_be_of_both_kinds() -> None:

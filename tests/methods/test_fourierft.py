@@ -29,12 +29,14 @@ def site_of(module: nn.Module) -> Site:
     return Site("m", module, weights.kind_of(module), d_in, d_out)
 
 
-def test_the_start_has_the_deviation_of_the_formula() -> None:
+@pytest.mark.parametrize(("d", "scaling", "printed"), [(768, 150, 0.0057), (4096, 300, 0.0004)])
+def test_the_start_has_the_deviation_of_the_formula(d: int, scaling: float, printed: float) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(768, 768)
-    dW = FourierFT().build(site_of(linear)).delta(linear.weight)
-    assert dW.std().item() == pytest.approx(150 * 500**0.5 / 768**2, rel=0.1)
-    assert dW.std().item() == pytest.approx(0.0057, rel=0.1)
+    with torch.device("meta"):
+        linear = nn.Linear(d, d)
+    dW = FourierFT(scaling=scaling).build(site_of(linear)).delta(linear.weight)
+    assert dW.std().item() == pytest.approx(scaling * 500**0.5 / d**2, rel=0.1)
+    assert dW.std().item() == pytest.approx(printed, rel=0.1)
 
 
 def test_init_weights_starts_at_the_base() -> None:

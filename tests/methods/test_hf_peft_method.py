@@ -169,6 +169,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a list": ({"config": {"target_modules": 3}}, "takes a list of text . text . null"),
     "peft's own range": ({"config": {"r": 0}}, "should be a positive integer"),
     "ours": ({"config": {"modules_to_save": ["x"]}}, "method.modules_to_save"),
+    "outside of wrappers": ({"config": {"alora_invocation_tokens": [3]}}, "cannot be used here"),
+    "a loss of its own": ({"config": {"monteclora_config": {}}}, "its loss is added outside"),
     "a changed base": ({"config": {"init_lora_weights": "pissa"}}, "method=lora"),
     "targets twice": (
         {"config": {"target_modules": ["q_proj"]}, "target_modules": ("q",)},

@@ -13,6 +13,7 @@ from transformers import LlamaConfig
 
 from peftcli.core.host import Host
 from peftcli.core.method import Step
+from peftcli.export import adapter
 from peftcli.methods.full import Full
 from peftcli.methods.hft import HFT, half_reset
 from peftcli.models.load import empty_model
@@ -62,6 +63,44 @@ def test_parameters_of_llama_2_7b(embed_head: str, count: int, seed: int) -> Non
     host = Host(empty_model(LLAMA_2_7B, "causal_lm"))
     host.add(HFT(embed_head=embed_head, seed=seed))
     assert host.num_parameters()[0] == count
+
+
+def test_parameters_of_llama_2_7b_by_category() -> None:
+    host = Host(empty_model(LLAMA_2_7B, "causal_lm"))
+    host.add(HFT(embed_head="frozen"))
+    sizes = Counter()
+    for name, p in host.trained().items():
+        sizes["norm" if "norm" in name else "ffn" if "mlp" in name else "attention"] += p.numel()
+    assert sizes == {"attention": 1_073_741_824, "ffn": 2_164_260_864, "norm": 131_072}
+    blocks = sum(p.numel() for n, p in host.model.named_parameters() if "layers" in n)
+    assert blocks == 6_476_267_520 == 2 * sizes.total()
+
+
+def test_with_grouped_queries_the_count_depends_on_the_draw() -> None:
+    config = tiny.models()["llama"]().config  # k and v are half as wide as q and o
+    counts = set()
+    for seed in range(6):
+        host = Host(empty_model(config, "causal_lm"))
+        host.add(HFT(embed_head="frozen", seed=seed))
+        counts.add(host.num_parameters()[0])
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize(("ratio", "trained"), [(0.25, 1), (0.75, 3)])
+def test_another_share_of_every_category(ratio: float, trained: int) -> None:
+    for names in halves(4, 3, ratio=ratio, embed_head="frozen"):
+        attention = Counter(n.split(".")[2] for n in names if "self_attn" in n)
+        assert set(attention.values()) == {trained}
+        assert sum("mlp" in n for n in names) == 4 * trained * 3 // 4
+
+
+def test_a_file_lists_what_trained_and_the_seed(tmp_path: Path) -> None:
+    host = Host(tiny.models()["llama"]())
+    host.add(HFT(seed=5))
+    adapter.save(host, "default", tmp_path, "causal_lm", "base")
+    drawn = HFT(seed=5).drawn(host, 0)
+    assert set(load_file(tmp_path / adapter.WEIGHTS)) == drawn
+    assert adapter.read_config(tmp_path)["method"]["seed"] == 5
 
 
 def test_half_of_the_ends_is_one_of_embeddings_and_head() -> None:

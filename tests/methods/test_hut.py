@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import RobertaConfig
 
 from peftcli.core.host import Host
@@ -19,7 +20,7 @@ from tests import tiny
 from tests.export.test_hf_peft import TASKS, outputs
 from tests.methods.test_loha import site_of
 
-FORMS = ("mul", "mul_pure", "affine")
+FORMS = ("mul", "mul_pure", "affine", "two_masks")
 
 
 @torch.no_grad()
@@ -50,6 +51,7 @@ def test_every_form_starts_at_the_very_base(form: str) -> None:
         ("mul", [[1.1, 1.8], [3.6, 3.2]]),
         ("mul_pure", [[0.1, -0.2], [0.6, -0.8]]),
         ("affine", [[2.1, 3.8], [4.6, 5.2]]),
+        ("two_masks", [[1.1, 1.8], [3.6, 3.2]]),
     ],
 )
 def test_the_worked_example(form: str, wanted: list[list[float]]) -> None:
@@ -70,15 +72,42 @@ def test_the_scale_is_one_without_an_alpha() -> None:
     assert HUT(r=8, alpha=2.0).build(site).scale == 0.25
 
 
-def test_gradients_are_the_closed_forms() -> None:
+def dense(delta: HUTDelta, W: Tensor, s: float) -> Tensor:
+    """W' as the docstring of the method writes it."""
+    M = delta.M_B @ delta.M_A
+    return {
+        "mul": W * (1 + s * M),
+        "two_masks": W * (1 + s * torch.outer(delta.M_B[:, 0], delta.M_A[0])),
+        "mul_pure": W * M,
+        "affine": W * (1 + s * M)
+        + s * (delta.M_D @ delta.M_C if delta.form == "affine" else torch.zeros_like(W)),
+    }[delta.form]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_merged_weight_and_gradients_are_those_of_the_dense_form(form: str) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(7, 5).double()
-    delta = moved(HUT(r=2, alpha=3.0).build(site_of(linear))).double()
-    x, dy = torch.randn(4, 7).double(), torch.randn(4, 5).double()
-    delta(x, frozen(linear)).backward(dy)
-    GW = dy.T @ x * linear.weight
-    torch.testing.assert_close(delta.M_B.grad, 1.5 * GW @ delta.M_A.T)
-    torch.testing.assert_close(delta.M_A.grad, 1.5 * delta.M_B.T @ GW)
+    delta = moved(HUT(r=2, alpha=3.0, form=form).build(site_of(linear))).double()
+    s = 3.0 if form == "two_masks" else 1.5  # of rank 1
+    x, layer = torch.randn(4, 7).double().requires_grad_(), frozen(linear)
+    W, y = dense(delta, linear.weight, s), delta(x, layer)
+    torch.testing.assert_close(delta.merged(linear.weight, None)[0], W)
+    torch.testing.assert_close(y, x @ W.T + linear.bias)
+    dy, inputs = torch.randn_like(y), [x, *delta.parameters()]
+    wanted = torch.autograd.grad(x @ W.T + linear.bias, inputs, dy)
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, dy), wanted)
+    if form == "mul":
+        GW = dy.T @ x * linear.weight
+        torch.testing.assert_close(wanted[1:], (s * delta.M_B.T @ GW, s * GW @ delta.M_A.T))
+
+
+def test_two_masks_are_mul_of_rank_one_whatever_r_is() -> None:
+    site = site_of(nn.Linear(7, 5))
+    masks, mul = (moved(method.build(site)) for method in (HUT(r=8, form="two_masks"), HUT(r=1)))
+    assert (masks.M_B.shape, masks.M_A.shape) == ((5, 1), (1, 7))
+    W = torch.randn(5, 7)
+    assert torch.equal(masks.delta(W), mul.delta(W))
 
 
 def test_zeros_of_the_weight_stay_zero_through_training() -> None:
@@ -104,7 +133,9 @@ def test_rank_one_scales_the_rows_and_columns_of_the_weight() -> None:
     torch.testing.assert_close(delta.delta(linear.weight), u @ linear.weight @ v)
 
 
-@pytest.mark.parametrize(("form", "count"), [("mul", 786_432), ("affine", 1_572_864)])
+@pytest.mark.parametrize(
+    ("form", "count"), [("mul", 786_432), ("affine", 1_572_864), ("two_masks", 98_304)]
+)
 def test_counts_of_roberta_large(form: str, count: int) -> None:
     config = RobertaConfig(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
@@ -142,12 +173,12 @@ def test_weight_dropout_drops_entries_of_the_change_while_training(form: str) ->
     ("model", "targets"),
     [("llama", "all-linear"), ("gpt2", ("c_attn", "c_proj")), ("t5", ("q", "v"))],
 )
-@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize(("form", "alpha"), [("mul", None), ("mul", 3.0), ("two_masks", 3.0)])
 def test_stock_peft_computes_the_same_as_hira_and_our_file_loads_again(
-    model: str, targets: str | tuple[str, ...], alpha: float | None, tmp_path: Path
+    model: str, targets: str | tuple[str, ...], form: Any, alpha: float | None, tmp_path: Path
 ) -> None:
     host = Host(tiny.models()[model]())
-    host.add(HUT(r=2, alpha=alpha, target_modules=targets))
+    host.add(HUT(r=2, alpha=alpha, form=form, target_modules=targets))
     for _, delta in host.deltas():
         moved(delta, 0.3)
     adapter.save(host, "default", tmp_path, TASKS[model], "base")

@@ -90,6 +90,20 @@ def test_parameters_of_llama_2_7b() -> None:
     assert host.num_parameters()[0] == 614_400
 
 
+def test_two_adapters_multiply() -> None:
+    host = Host(tiny.models()["llama"]())
+    for name, factor in (("default", 2.0), ("second", 0.25), ("both", 0.5)):
+        host.add(IA3(), name)
+        with torch.no_grad():
+            for _, delta in host.deltas(name):
+                delta.l.fill_(factor)
+    batch = tiny.batch("llama")
+    host.activate("both")
+    wanted = host.model(**batch).logits
+    host.activate("default", "second")
+    torch.testing.assert_close(host.model(**batch).logits, wanted)
+
+
 def test_only_the_feed_forward_is_scaled_at_its_input() -> None:
     host = Host(tiny.models()["llama"]())
     host.add(IA3())

@@ -79,6 +79,29 @@ def test_positions_that_wait_give_way_and_all_stay_different() -> None:
     assert budget.positions.tolist() == [4, 7, 1, 0]
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_pafi_trains_the_smallest_weights_from_the_first_step_on(
+    over: bool, make_loop: MakeLoop
+) -> None:
+    method = ID3(budget=12, criterion="magnitude", max_steps=1, **(LORA if over else {}))
+    loop = make_loop(method=method, max_steps=2)
+    host = loop.host
+    start = (
+        [p.detach().clone() for p in of_the_adapter(host).values()]
+        if over
+        else [site.weight for site, _ in host.deltas()]
+    )
+    flat = torch.cat([w.flatten() for w in start]).abs()
+    wanted = flat.argsort(stable=True)[:12].sort().values  # of LoRA: zeros of the first B
+    loop.fit()
+    if over:
+        pairs = zip(of_the_adapter(host).values(), start, strict=True)
+        moved = torch.cat([(p != s).flatten() for p, s in pairs])
+        assert moved.nonzero().view(-1).tolist() == wanted.tolist()
+    else:
+        assert cast(Budget, host.shared()).positions.sort().values.tolist() == wanted.tolist()
+
+
 @dataclass(frozen=True)
 class Watched(ID3):
     """Looks at the budget after every step."""

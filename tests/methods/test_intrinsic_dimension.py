@@ -13,13 +13,8 @@ from torch import Tensor
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
-from peftcli.methods.intrinsic_dimension import (
-    Dense,
-    Fastfood,
-    IntrinsicDelta,
-    IntrinsicDimension,
-    Subspace,
-)
+from peftcli.methods.fastfood import Dense, Fastfood
+from peftcli.methods.intrinsic_dimension import IntrinsicDelta, IntrinsicDimension, Subspace
 from tests import tiny
 
 
@@ -159,6 +154,14 @@ def test_the_numbers_that_train_are_d_in_all(fields: dict, groups: int | None) -
     shared = host.shared()
     assert host.num_parameters()[0] == 200
     assert (None if shared.scales is None else shared.scales.numel()) == groups
+    groups_of = host.adapters["default"].param_groups(host, 1e-2, 0.1)
+    assert [g["weight_decay"] for g in groups_of] == [0.0]
+
+
+def test_a_number_of_v_is_given_up_for_each_scale() -> None:
+    """The authors' code gives up one more, and trains a dead scale in its place."""
+    method = IntrinsicDimension(d=20_000, said_group="tensor")
+    assert method._numbers_of_v(282) == 19_717 + 1
 
 
 def test_encoder_and_decoder_blocks_are_groups_of_their_own() -> None:

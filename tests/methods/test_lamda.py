@@ -158,6 +158,12 @@ def test_counts_of_llama_2_7b_at_the_ends_and_on_average() -> None:
     assert host.num_parameters()[0] == squares + 32 * columns
     frozen = [method.frozen(32, Step(i, 1000, 0.0)) for i in range(1000)]
     assert mean(columns * (32 - f) + squares for f in frozen) == pytest.approx(4_515_004.4, abs=0.1)
+    finely = mean(method.frozen(32, Step(i, 10**5, 0.0)) for i in range(10**5))  # nearly its limit
+    limit = 0.3 * 33 / 2 * columns + squares
+    assert round(limit) == 4_502_733
+    assert columns * (32 - finely) + squares == pytest.approx(limit, rel=1e-4)
+    printed = 0.3 / 2 * 32 * columns + squares  # as if columns froze by fractions
+    assert round(printed) == 4_371_251
 
 
 # -- LaMDA++ ---------------------------------------------------------------------------------------

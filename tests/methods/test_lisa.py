@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peftcli.core.method import Step
 from peftcli.methods.full import Full
 from peftcli.methods.lisa import LISA
 from peftcli.models.load import empty_model
+from peftcli.train.objective import Totals
 from tests import tiny
 from tests.train.conftest import MakeLoop, interrupted, make_loop, one_thread  # noqa: F401
 
@@ -74,7 +76,7 @@ def test_bernoulli_draws_gamma_blocks_on_average() -> None:
 
 
 @pytest.mark.parametrize("state", ["drop", "keep"])
-def test_a_run_equals_adamw_told_by_hand(
+def test_the_optimizer_keeps_what_its_policy_says(
     state: str,
     make_loop: MakeLoop,  # noqa: F811
     tmp_path: Path,
@@ -105,6 +107,74 @@ def test_a_run_equals_adamw_told_by_hand(
     wanted = 2 * (run if state == "drop" else len(last))
     assert steps["model.norm.weight"] == 8
     assert steps[f"{periods[-1]}.mlp.up_proj.weight"] == wanted
+
+
+@pytest.mark.parametrize("state", ["drop", "keep"])
+def test_weights_are_those_of_adamw_made_anew_for_a_block_that_enters_or_of_one_for_all(
+    state: str,
+    make_loop: MakeLoop,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    options = {"max_steps": 8, "lr": 1e-3, "max_grad_norm": 100.0}
+    method = LISA(gamma=1, interval_steps=2, state=state)
+    loop = make_loop(folder=tmp_path / "run", method=method, **options)
+    plain = make_loop(folder=tmp_path / "plain", method=Full(), **options)
+    named = plain.host.trained()
+    made: dict[str, torch.optim.AdamW] = {}
+
+    def optimizer_of(part: str) -> torch.optim.AdamW:
+        mine = [p for n, p in named.items() if (plain.host.layout.block_path_of(n) or "") == part]
+        groups = [
+            {"params": [p for p in mine if (p.ndim >= 2) == decays], "weight_decay": 0.01 * decays}
+            for decays in (True, False)
+        ]
+        return torch.optim.AdamW(groups, lr=1e-3)
+
+    for s in range(8):
+        active = {"", *method.drawn(plain.host, s // 2)}
+        if state == "drop":  # what left is forgotten
+            made = {part: held for part, held in made.items() if part in active}
+        for name, p in named.items():
+            p.requires_grad_((plain.host.layout.block_path_of(name) or "") in active)
+        rows = plain.plan.rows(plain.order(s // plain.plan.steps_per_epoch), s)
+        (share,) = plain.shares([plain.examples[i] for i in rows])
+        plain.forward_backward([share], Totals.of([share.batch]))
+        for part in active:
+            made.setdefault(part, optimizer_of(part))
+            for group in made[part].param_groups:
+                group["lr"] = plain.scheduler.get_last_lr()[0]
+            made[part].step()
+        for p in named.values():
+            p.grad = None
+        plain.optimizer.step()  # nothing to do: for the schedule's sake
+        plain.scheduler.step()
+    loop.fit()
+    for name, p in loop.host.model.named_parameters():
+        torch.testing.assert_close(p, named[name], atol=5e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "wanted"),
+    [
+        ("gpt2", ("embed",), {"transformer.wte.weight", "transformer.wpe.weight"}),
+        ("gpt2", ("norm",), {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
+        ("llama", ("head",), set()),  # tied to the embeddings
+        ("vit", ("norm",), {"vit.layernorm.weight", "vit.layernorm.bias"}),
+        ("vit", ("head",), {"classifier.weight", "classifier.bias"}),
+        ("t5", ("norm",), {f"{s}.final_layer_norm.weight" for s in ("encoder", "decoder")}),
+    ],
+)
+def test_only_the_parts_outside_of_the_blocks_that_are_asked_for_train_always(
+    model: str, parts: Any, wanted: set[str]
+) -> None:
+    host = Host(tiny.models()[model]())
+    host.add(LISA(gamma=1, always_on=parts))
+    host.adapters["default"].before_step(host, Step(0, 1, 0.0))
+    assert {n for n in host.trained() if host.layout.block_path_of(n) is None} == wanted
+    assert len(blocks_of(host)) == 1
+    every = Host(tiny.models()[model]())
+    every.add(LISA(gamma=1))
+    assert set(every.selected) == {n for n, _ in every.model.named_parameters()}
 
 
 @pytest.mark.parametrize("state", ["drop", "keep"])

@@ -15,6 +15,7 @@ from peftcli.core.layer import Bare
 from peftcli.core.site import Site
 from peftcli.export import adapter
 from peftcli.methods.loha import LoHa, LoHaDelta, hadamard_product
+from peftcli.methods.lora import LoRADelta
 from tests import tiny
 from tests.export.test_hf_peft import TASKS, outputs
 
@@ -45,13 +46,15 @@ def test_the_worked_example_of_rank_one() -> None:
 
 
 def test_the_change_is_a_lora_of_the_squared_rank() -> None:
-    r, site = 3, site_of(nn.Linear(14, 12))
+    r, site = 4, site_of(nn.Linear(24, 20))
     delta = moved(LoHa(r=r, alpha=2.0).build(site)).double()
     B = torch.cat([delta.W1a[:, i : i + 1] * delta.W2a for i in range(r)], 1)
     A = torch.cat([delta.W1b[i : i + 1] * delta.W2b for i in range(r)])
-    dW = delta.delta(torch.zeros(12, 14)) / delta.scale
+    dW = delta.delta(torch.zeros(20, 24)) / delta.scale
     torch.testing.assert_close(B @ A, dW)
-    assert torch.linalg.matrix_rank(dW) == r * r
+    assert torch.linalg.matrix_rank(dW) == r * r == 16
+    lora = LoRADelta(site, 8, 1.0)  # of as many numbers
+    assert sum(map(torch.numel, delta.parameters())) == sum(map(torch.numel, lora.parameters()))
 
 
 def test_the_backward_pass_equals_autograd() -> None:

@@ -91,6 +91,18 @@ def test_a_square_of_4096_trains_5120_parameters_at_rank_8() -> None:
     assert sum(p.numel() for p in delta.parameters()) == 5120
 
 
+@pytest.mark.parametrize(("init", "zero"), [("default", "W1a"), ("lycoris", "W2b")])
+def test_all_factors_but_one_start_uniform_by_the_length_of_their_rows(
+    init: str, zero: str
+) -> None:
+    torch.manual_seed(0)
+    method = LoKr(r=9, decompose_both=True, init=init)  # pyright: ignore[reportArgumentType]
+    delta = method.build(site_of(nn.Linear(4096, 4096)))
+    for name, factor in delta.named_parameters():
+        bound = 0.0 if name == zero else factor.shape[1] ** -0.5
+        assert 0.95 * bound <= factor.abs().max() <= bound
+
+
 def test_the_scale_is_alpha_over_r_even_with_whole_factors() -> None:
     delta = LoKr(r=8, alpha=4.0).build(site_of(nn.Linear(4, 4)))
     assert hasattr(delta, "W2")

@@ -121,6 +121,21 @@ def test_lora_plus_gives_exactly_the_b_matrices_the_faster_rate() -> None:
     assert {p for g in groups for p in g["params"]} == set(host.trained().values())
 
 
+def test_lora_plus_trains_vectors_fast_without_decay_and_whole_matrices_slowly() -> None:
+    host = Host(tiny.gpt2())
+    host.add(LoRA(r=2, lr_ratio=4.0, embedding_lr=0.5, bias="lora_only", modules_to_save=("wpe",)))
+    groups = host.adapters["default"].param_groups(host, 1e-3, 0.1)
+    by_rate = {(g["lr"], g["weight_decay"]): set(g["params"]) for g in groups}
+    pairs = [d for _, d in host.deltas()]
+    biases = {host.model.get_parameter(n) for n in host.selected if n.endswith("bias")}
+    assert by_rate == {
+        (1e-3, 0.1): {d.A for d in pairs} | {host.model.transformer.wpe.weight},
+        (4e-3, 0.1): {d.B for d in pairs},
+        (4e-3, 0.0): biases,
+    }
+    assert biases
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -150,6 +165,14 @@ def test_an_embedding_folds_and_starts_at_zero() -> None:
     ids = torch.tensor([[1, 4], [10, 0]])
     W, _ = delta.merged(layer.weight, None)
     torch.testing.assert_close(F.embedding(ids, W.T), delta(ids, layer))
+
+
+def test_one_of_two_tied_weights_does_not_merge_alone() -> None:
+    host = Host(tiny.llama())
+    host.add(LoRA(r=2, target_modules=("embed",)))
+    with pytest.raises(ConfigError, match=r"embed_tokens shares its weight with lm_head"):
+        host.merge()
+    assert host.active == ("default",)
 
 
 def test_every_table_that_t5_looks_up_is_a_site_and_no_other() -> None:

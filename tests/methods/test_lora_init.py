@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from peftcli import config
 from peftcli.core import weights
 from peftcli.core.host import Host
 from peftcli.core.scores import mean_gradients
@@ -19,7 +20,8 @@ from peftcli.core.site import Site
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.methods.lora import LoRA, LoRADelta
-from peftcli.methods.lora_init import allot, loftq, lora_ga, lora_one
+from peftcli.methods.lora_data_init import allot, lora_ga, lora_one
+from peftcli.methods.lora_init import loftq
 from tests import tiny
 from tests.core.test_scores import look
 
@@ -51,6 +53,48 @@ def nf4(W: Tensor) -> Tensor:
     scale = blocks.abs().amax(1, keepdim=True)
     nearest = (blocks / scale).unsqueeze(-1).sub(levels).abs().argmin(-1)
     return (levels[nearest] * scale).view_as(W)
+
+
+# -- without data ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "init", ["default", "gaussian", "orthogonal", "pissa", "pissa_niter_3", "olora"]
+)
+def test_a_start_without_data_leaves_the_function(init: str) -> None:
+    targets = ("all-linear", "embed") if init in ("default", "gaussian") else "all-linear"
+    host = started(LoRA(r=4, init=init, target_modules=targets))
+    ours, base = outputs(host.model), outputs(tiny.models()["llama"]())
+    if init in ("default", "gaussian"):  # B = 0, or A = 0 of an embedding: to the last bit
+        assert torch.equal(ours, base)
+    torch.testing.assert_close(ours, base, atol=1e-5, rtol=1e-5)
+    alive = any(d.B.any() for site, d in host.deltas() if site.kind == "linear")
+    assert alive == (init not in ("default", "gaussian"))
+
+
+def test_more_power_iterations_come_nearer_to_the_exact_start() -> None:
+    torch.manual_seed(0)
+    U, Vh = (torch.linalg.qr(torch.randn(n, 40)).Q.T for n in (40, 48))
+    linear = nn.Linear(48, 40)
+    linear.weight.data = U.T * 0.8 ** torch.arange(40) @ Vh
+    site = site_of(linear)
+    exact = LoRA(r=4, init="pissa").build(site)
+    errors = []
+    for niter in (1, 3, 30):
+        torch.manual_seed(1)
+        fast = LoRA(r=4, init=f"pissa_niter_{niter}").build(site)
+        errors.append((fast.B @ fast.A - exact.B @ exact.A).norm().item())
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-3
+
+
+@pytest.mark.parametrize("method", ["lora.LoRA", "dora.DoRA"])
+@pytest.mark.parametrize("init", ["pissa_niter_0", "pissa_niter_", "pisa"])
+def test_a_misspelt_start_is_refused_and_any_number_of_iterations_taken(
+    method: str, init: str
+) -> None:
+    fields = {"_target_": f"peftcli.methods.{method}"}
+    with pytest.raises(ConfigError, match=r"init=.*takes default \| .* Did you mean pissa\?"):
+        config.method_of({**fields, "init": init})
+    assert config.method_of({**fields, "init": "pissa_niter_7"}).init == "pissa_niter_7"
 
 
 # -- orthogonal ------------------------------------------------------------------------------------
@@ -115,6 +159,46 @@ def test_evas_options_whiten_and_leave_alpha() -> None:
         cosine = torch.cosine_similarity(a.A, b.A).abs()
         torch.testing.assert_close(cosine, torch.ones(len(a.A)), atol=1e-4, rtol=0)
         assert (b.A.norm(dim=1).diff() > -1e-6).all()  # the larger the singular value, the shorter
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_evas_rows_are_the_principal_inputs_over_their_deviations(whiten: bool) -> None:
+    host, rows = Host(tiny.models()["llama"]()), []
+    data, q = look(host.model), host.model.get_submodule("model.layers.0.self_attn.q_proj")
+    hook = q.register_forward_hook(lambda _, x, y: rows.append(x[0]))
+    (batch,) = data.batches(1)  # of more the main directions are kept, and no others
+    data.forward(batch)
+    hook.remove()
+    X = rows[0][data.tokens(batch)]
+    _, S, Vh = torch.linalg.svd(X - X.mean(0), full_matrices=False)
+    method = LoRA(
+        r=3, init="eva", rho=1.0, tau=1.0, init_batches=1, whiten=whiten, target_modules=("q",)
+    )
+    host.add(method, data=data)
+    A = next(delta.A for _, delta in host.deltas())
+    aligned = A * (A * Vh[:3]).sum(1, keepdim=True).sign()
+    wanted = Vh[:3] / S[:3, None].sqrt() if whiten else Vh[:3]
+    torch.testing.assert_close(aligned, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tau", "stops"), [(1e-6, True), (1.0, False)])
+def test_eva_looks_until_its_components_are_within_tau_of_the_last(tau: float, stops: bool) -> None:
+    host = Host(tiny.models()["llama"]())
+    data, drawn = look(host.model), []
+    forward = data.forward
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(data, name)
+
+        def forward(self, batch: Any) -> None:
+            drawn.append(batch)
+            forward(batch)
+
+    host.add(LoRA(r=2, init="eva", tau=tau, target_modules=("q",)), data=Counted())
+    every = sum(1 for _ in data.batches(1000))
+    assert len(drawn) == (2 if stops else every)
+    assert every > 2
 
 
 def test_eva_reads_linear_layers_and_enough_tokens() -> None:
@@ -214,7 +298,8 @@ def test_lora_one_starts_at_the_best_part_of_a_gradient_step() -> None:
 def test_lora_one_and_loftq_alone_do_not_promise_to_start_at_the_base() -> None:
     elsewhere = {
         init
-        for init in get_args(get_type_hints(LoRA)["init"])
+        for choice in get_args(get_type_hints(LoRA)["init"])
+        for init in get_args(choice)
         if not LoRA(init=init).starts_at_base
     }
     assert elsewhere == {"lora_one", "loftq"}

@@ -30,22 +30,24 @@ def logits(method: Any, model: str) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("config", "task", "fields", "training", "stored"),
+    ("config", "task", "fields", "training", "stored", "share"),
     [
-        (BART, "seq2seq", {}, 61_608_288 + 25_202_688, 27_414_528),
+        (BART, "seq2seq", {}, 61_608_288 + 25_202_688, 27_414_528, (6.75, 406_291_456)),
         (
             ROBERTA,
             "classification",
             {"prefix_length": 16, "ffn_r": 16},
             15_695_840,
             599_232,
+            (0.48, 124_645_632),
         ),
     ],
     ids=["bart-large", "roberta-base"],
 )
 def test_counts_while_training_and_as_stored(
-    config: Any, task: Any, fields: Any, training: int, stored: int
+    config: Any, task: Any, fields: Any, training: int, stored: int, share: tuple[float, int]
 ) -> None:
+    assert round(100 * stored / share[1], 2) == share[0]
     host = Host(empty_model(config, task))
     method = MAM(**fields)
     host.add(method)

@@ -17,7 +17,8 @@ from peftcli.core.method import Step
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError
 from peftcli.export import adapter
-from peftcli.methods.oft import OFT, OFTDelta, cayley, cayley_neumann, nearest_divisor
+from peftcli.methods.oft import OFT, OFTDelta, cayley_neumann, nearest_divisor
+from peftcli.methods.rotation import cayley
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")

@@ -24,7 +24,8 @@ from peftcli.errors import ConfigError
 from peftcli.export import adapter
 from peftcli.methods.cloze import ClozeTokens, Words
 from peftcli.methods.p_tuning import PTuning
-from peftcli.methods.prefix_tuning import PrefixTuning, prefixes_of
+from peftcli.methods.prefix import prefixes_of
+from peftcli.methods.prefix_tuning import PrefixTuning
 from peftcli.methods.prompt import LaidTokens, prompt_of
 from peftcli.models.load import empty_model
 from tests import tiny

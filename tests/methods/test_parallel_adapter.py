@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BartConfig, RobertaConfig
 
+from peftcli.core.graft import graft
 from peftcli.core.host import Host
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.methods.adapter import Bottleneck, projections
-from peftcli.methods.parallel_adapter import BesideDelta, HeadsDelta, ParallelAdapter
+from peftcli.methods.heads import HeadsDelta
+from peftcli.methods.parallel_adapter import BesideDelta, ParallelAdapter
+from peftcli.methods.prefix import PrefixDelta
+from peftcli.models.attention import packed_rows
 from peftcli.models.load import empty_model
 from tests import tiny
 
@@ -54,20 +58,32 @@ def test_the_worked_example_with_scale_four() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "task", "fields", "wanted"),
+    ("config", "task", "fields", "wanted", "percent"),
     [
-        (BART, "seq2seq", {"ffn_r": 512}, 25_202_688),
-        (BART, "seq2seq", {"ffn_r": 1024}, 50_380_800),
-        (BART, "seq2seq", {"ffn_r": 0, "attn_kind": "concat", "attn_r": 200}, 14_745_600),
-        (BART, "seq2seq", {"ffn_r": 0, "attn_kind": "cross_attn_noln", "attn_r": 30}, 2_211_840),
-        (ROBERTA, "classification", {"ffn_r": 16}, 304_320),
+        (BART, "seq2seq", {"ffn_r": 512}, 25_202_688, 6.20),
+        (BART, "seq2seq", {"ffn_r": 1024}, 50_380_800, 12.40),
+        (BART, "seq2seq", {"ffn_r": 0, "attn_kind": "concat", "attn_r": 200}, 14_745_600, 3.63),
+        (
+            BART,
+            "seq2seq",
+            {"ffn_r": 0, "attn_kind": "cross_attn_noln", "attn_r": 30},
+            2_211_840,
+            0.54,
+        ),
+        (ROBERTA, "classification", {"ffn_r": 16}, 304_320, 0.25),
     ],
     ids=["r512", "r1024", "prefix", "heads", "roberta"],
 )
-def test_counts_of_the_paper(config: Any, task: Any, fields: Any, wanted: int) -> None:
+def test_counts_of_the_paper(
+    config: Any, task: Any, fields: Any, wanted: int, percent: float
+) -> None:
     host = Host(empty_model(config, task))
+    head = sum(p.numel() for n, p in host.model.named_parameters() if n.startswith("classifier"))
+    base = host.num_parameters()[1] - head
+    assert base == {"seq2seq": 406_291_456, "classification": 124_645_632 - 590_592}[task]
     host.add(ParallelAdapter(**fields))
     assert host.num_parameters()[0] == wanted
+    assert round(100 * wanted / base, 2) == percent
 
 
 @pytest.mark.parametrize("model", sorted(tiny.models()))
@@ -157,18 +173,24 @@ def test_the_dropout_is_the_models() -> None:
 
 
 # -- attention -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("before", [True, False])
-def test_the_attentions_bottleneck_stands_before_or_behind_its_output(before: bool) -> None:
-    host = moved("llama", ffn_r=0, attn_kind="parallel", attn_before_out_proj=before)
+@pytest.mark.parametrize(
+    ("kind", "before"), [("parallel", True), ("parallel", False), ("sequential", True)]
+)
+def test_the_attentions_bottleneck_stands_before_or_behind_its_output(
+    kind: Any, before: bool
+) -> None:
+    host = moved("llama", ffn_r=0, attn_kind=kind, attn_before_out_proj=before)
     attention = cast(Any, host.model).model.layers[0].self_attn
-    core = of_kind(host, BesideDelta)[0].core
+    core = next(d.core for _, d in host.deltas() if hasattr(d, "core"))
     assert core.ln_in is not None
     x = torch.randn(1, 5, 32, dtype=torch.float64)
     position = cast(Any, host.model).model.rotary_emb(x, torch.arange(5)[None])
     call = {"position_embeddings": position, "attention_mask": None}
     with host.disabled():
         y = first(attention(x, **call))
-        wanted = y + (attention.o_proj(core(x)) if before else core(x))
+        reads = y if kind == "sequential" else x
+        beside = before and kind == "parallel"
+        wanted = y + (attention.o_proj(core(x)) if beside else core(reads))
     torch.testing.assert_close(first(attention(hidden_states=x, **call)), wanted)
 
 
@@ -195,16 +217,62 @@ def test_every_head_gets_its_own_change(model: str, kind: Any) -> None:
     torch.testing.assert_close(delta.change(delta.queries(x)), torch.cat(wanted, -1))
 
 
+class Core(nn.Module):
+    """An attention without projections, behind a prefix P_k, P_v (P, D)."""
+
+    is_causal = True
+
+    def __init__(self, P_k: Tensor, P_v: Tensor) -> None:
+        super().__init__()
+        prefix = PrefixDelta(*P_k.shape)
+        prefix.W = nn.Parameter(torch.cat([P_k, P_v], 1))
+        graft(self, "default", prefix)
+
+
+def gated(
+    q: Tensor, K: Tensor, V: Tensor, P_k: Tensor, P_v: Tensor, seen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(1 - l) attention + l softmax(q P_k') P_v, and l; only tokens are `seen` or not."""
+    scores, of_prefix = (q @ K.T).masked_fill(~seen, -torch.inf), q @ P_k.T
+    mine = of_prefix.exp().sum(-1, keepdim=True)
+    gate = mine / (mine + scores.exp().sum(-1, keepdim=True))
+    return (1 - gate) * scores.softmax(-1) @ V + gate * of_prefix.softmax(-1) @ P_v, gate
+
+
 def test_the_gated_sum_is_the_concatenation() -> None:
-    q, K = torch.tensor([1.0, 0.0]), torch.eye(2)
+    q, K = torch.tensor([[1.0, 0.0]]), torch.eye(2)
     V = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     P_k, P_v = torch.tensor([[0.5, 0.5]]), torch.tensor([[10.0, 20.0]])
-    gate = (q @ P_k.T).exp().sum() / ((q @ P_k.T).exp().sum() + (q @ K.T).exp().sum())
-    gated = (1 - gate) * (q @ K.T).softmax(-1) @ V + gate * (q @ P_k.T).softmax(-1) @ P_v
-    concatenated = (q @ torch.cat([P_k, K]).T).softmax(-1) @ torch.cat([P_v, V])
+    wanted, gate = gated(q, K, V, P_k, P_v, torch.ones(1, 2, dtype=torch.bool))
     assert gate.item() == pytest.approx(0.307196, abs=1e-6)
-    torch.testing.assert_close(gated, torch.tensor([4.137410, 7.902173]))
-    torch.testing.assert_close(gated, concatenated)
+    torch.testing.assert_close(wanted, torch.tensor([[4.137410, 7.902173]]))
+    ours, _ = packed_rows(Core(P_k, P_v), *(t[None, None] for t in (q, K, V)), None, scaling=1.0)
+    torch.testing.assert_close(ours[0, :, 0], wanted)
+
+
+def test_a_gated_sum_of_heads_is_trained_as_the_concatenation() -> None:
+    given = []
+    for fields in ({"attn_kind": "concat"}, {"attn_composition": "gate_add"}):
+        host = moved("bert", **{"attn_kind": "cross_attn_noln", **fields})
+        given.append(host.model(**tiny.batch("bert")).logits)
+    assert torch.equal(*given)
+    with pytest.raises(ConfigError, match="attn_kind=concat or cross_attn_noln, not with cross"):
+        ParallelAdapter(attn_kind="cross_attn_relu", attn_composition="gate_add")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_mask_hides_tokens_and_never_the_prefix(padded: bool) -> None:
+    torch.manual_seed(0)
+    q, K, V, P = torch.randn(4, 6, 3, dtype=torch.float64)
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    if padded:
+        seen[:, :2] = False  # two tokens of padding on the left; they see the prefix alone
+    wanted, gate = gated(q, K, V, P[:2], P[2:4], seen)
+    assert torch.equal(gate[:2] == 1, torch.full((2, 1), padded))
+    mask = seen[None, None] if padded else None
+    core, heads = Core(P[:2], P[2:4]), (t[None, None] for t in (q, K, V))
+    ours, _ = packed_rows(core, *heads, mask, scaling=1.0)
+    torch.testing.assert_close(ours[0, 2 * padded :, 0], wanted[2 * padded :])
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2", "bert", "t5", "vit"])

@@ -23,6 +23,7 @@ from peftcli.export import adapter
 from peftcli.methods.partial import Partial
 from peftcli.models.load import empty_model
 from tests import tiny
+from tests.conftest import Cli
 from tests.train import conftest
 from tests.train.conftest import MakeLoop, interrupted
 
@@ -171,6 +172,12 @@ def test_rows_must_be_different_rows_of_the_table(ids: tuple[int, ...]) -> None:
         Host(tiny.models()["llama"]()).add(Partial(preset="embed_head", token_ids=ids))
 
 
+def test_rows_are_told_before_they_train(cli: Cli, tiny_run: list[str]) -> None:
+    words = [word for word in tiny_run if not word.startswith("method.")]
+    words += ["method=partial", "method.preset=embed_head", "method.token_ids=[5,6]"]
+    assert "preset=embed_head token_ids=5,6" in cli("check", *words).stderr
+
+
 def test_rows_need_the_preset_of_the_embeddings_and_tokens() -> None:
     with pytest.raises(ConfigError, match="preset=embed_head"):
         Host(tiny.models()["llama"]()).add(Partial(token_ids=(3,)))
@@ -218,6 +225,39 @@ def test_norms_travel_to_peft_and_back(model: str, tmp_path: Path) -> None:
         ours, stock, again = (m(**batch).logits for m in (host.model, theirs, back.model))
     torch.testing.assert_close(stock, ours)
     torch.testing.assert_close(again, ours)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bert"])
+def test_rows_of_the_token_table_travel_to_peft_and_back(model: str, tmp_path: Path) -> None:
+    ids, batch = tuple(tiny.batch(model)["input_ids"][0, :3].tolist()), tiny.batch(model)
+    host = Host(tiny.models()[model]())
+    host.add(Partial(preset="embed_head", token_ids=ids))
+    with torch.no_grad():
+        for p in host.trained().values():
+            p.add_(0.3 * torch.randn_like(p))
+    adapter.save(host, "default", tmp_path / "ours", TASKS[model], "base")
+    theirs = peft.PeftModel.from_pretrained(tiny.models()[model](), tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = Host(tiny.models()[model]())
+    adapter.load(back, tmp_path / "theirs")
+    assert isinstance(back.adapters["default"], Partial)
+    with torch.no_grad():
+        ours, stock, again = (m(**batch).logits for m in (host.model, theirs, back.model))
+    torch.testing.assert_close(stock, ours, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again, ours, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_peft_computes_otherwise_are_told() -> None:
+    for host, why in (
+        (Host(tiny.t5()), "both stacks"),
+        (Host(tiny.bert(), ["classifier"]), "save no head"),
+    ):
+        host.add(Partial(preset="embed_head", token_ids=(3, 4)))
+        assert why in (host.adapters["default"].hf_refuses(host, "default") or "")
+    config = {"peft_type": "TRAINABLE_TOKENS", "target_modules": ["lm_head"], "token_indices": [3]}
+    with pytest.raises(ValueError, match="no token table"):
+        Partial.from_hf(config)
 
 
 # -- features of the frozen prefix -----------------------------------------------------------------
@@ -301,7 +341,7 @@ def test_more_last_blocks_than_there_are_is_refused() -> None:
 
 def test_quantised_weights_are_refused_and_their_norms_train() -> None:
     host = Host(tiny.quantised(tiny.models()["llama"](), "nf4"))
-    with pytest.raises(ConfigError, match="4 or 8 bits"):
+    with pytest.raises(ConfigError, match="quantised weights cannot"):
         host.add(Partial())
     assert not host.trained()
     host.add(Partial(preset="layernorm"))

@@ -9,7 +9,14 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BartConfig, DebertaV2Config, GPT2Config, RobertaConfig
+from transformers import (
+    BartConfig,
+    DebertaV2Config,
+    GPT2Config,
+    MistralConfig,
+    MistralForCausalLM,
+    RobertaConfig,
+)
 from transformers import DebertaV2ForSequenceClassification as Deberta
 from transformers import RobertaForSequenceClassification as Roberta
 
@@ -19,7 +26,8 @@ from peftcli.data.collate import causal_collator
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
 from peftcli.kernels.packed_attention import packed_attention, packed_attention_ref
-from peftcli.methods.prefix_tuning import PrefixDelta, PrefixTuning, prefixes_of
+from peftcli.methods.prefix import PrefixDelta, prefixes_of
+from peftcli.methods.prefix_tuning import PrefixTuning
 from peftcli.models.attention import packed_rows
 from peftcli.models.load import empty_model
 from peftcli.train import objective
@@ -58,14 +66,23 @@ def test_gpt2_medium_stores_245760_and_trains_25744896() -> None:
     host.add(PrefixTuning(prefix_length=5))
     assert host.num_parameters()[0] == 25_744_896
     host.remove("default")
-    host.add(PrefixTuning(prefix_length=5, prefix_projection=False))
-    assert host.num_parameters()[0] == 245_760
+    for length, count in ((5, 245_760), (10, 491_520)):
+        host.add(PrefixTuning(prefix_length=length, prefix_projection=False))
+        assert host.num_parameters()[0] == count
+        host.remove("default")
 
 
-@pytest.mark.parametrize(("length", "count"), [(200, 14_745_600), (100, 7_372_800), (5, 368_640)])
-def test_bart_large_has_three_prefixes_of_twelve_layers(length: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "count", "percent"),
+    [(200, 14_745_600, 3.63), (100, 7_372_800, 1.81), (5, 368_640, 0.09)],
+)
+def test_bart_large_has_three_prefixes_of_twelve_layers(
+    length: int, count: int, percent: float
+) -> None:
     config = BartConfig(d_model=1024, encoder_layers=12, decoder_layers=12)
     host = Host(empty_model(config, "seq2seq"))
+    assert host.num_parameters()[1] == 406_291_456
+    assert round(100 * count / 406_291_456, 2) == percent
     host.add(PrefixTuning(prefix_length=length, prefix_projection=False))
     assert host.num_parameters()[0] == count
     assert host.matched["default"] == {"encoder": 12, "decoder": 12, "cross": 12}
@@ -149,6 +166,37 @@ def test_the_first_token_sees_the_whole_prefix_of_the_last_layer(model: str) -> 
     assert last.W is not None
     _, grad_V = last.W.grad.chunk(2, 1)
     assert (grad_V.abs().sum(1) > 0).all()
+
+
+def test_a_sliding_window_never_hides_the_prefix() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(vocab_size=64, sliding_window=3, **sizes, **heads))
+    host = Host(model.eval())
+    host.add(PrefixTuning(prefix_length=P, prefix_projection=False))
+    ids = tiny.batch("llama")["input_ids"]
+    host.model(input_ids=ids).logits[:, -1].square().sum().backward()
+    *_, last = prefixes_of(host, "default")
+    assert (last.W.grad.chunk(2, 1)[1].abs().sum(1) > 0).all()
+    with torch.no_grad():
+        far = ids.clone()
+        far[:, 0] = 60  # five tokens of two windows reach back
+        torch.testing.assert_close(
+            model(input_ids=far).logits[:, 5:], model(input_ids=ids).logits[:, 5:]
+        )
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_beams_have_each_their_prefix(model: str) -> None:
+    host, ids = adapted(model), tiny.batch(model)["input_ids"]
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    given = [
+        host.model.generate(input_ids=x, attention_mask=torch.ones_like(x), **options, **cache)
+        for x, cache in ((ids, {}), (ids, {"use_cache": False}), (ids[:1], {}))
+    ]
+    assert torch.equal(given[0], given[1])
+    assert torch.equal(given[0][:1], given[2])
 
 
 def test_each_row_drops_its_own_entries_only_while_training() -> None:

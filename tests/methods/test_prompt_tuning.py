@@ -55,7 +55,16 @@ def table(model: str) -> torch.Tensor:
     return tiny.models()[model]().get_parameter("model.embed_tokens.weight")
 
 
-@pytest.mark.parametrize(("d", "length", "count"), [(4096, 5, 20_480), (512, 100, 51_200)])
+def test_a_codellama_of_7b_trains_81920_numbers() -> None:
+    config = LlamaConfig(vocab_size=32016, hidden_size=4096, num_hidden_layers=1)
+    host = Host(empty_model(config, "causal_lm"))
+    host.add(PromptTuning(num_virtual_tokens=20))
+    assert host.num_parameters()[0] == 81_920
+
+
+@pytest.mark.parametrize(
+    ("d", "length", "count"), [(4096, 5, 20_480), (4096, 100, 409_600), (512, 100, 51_200)]
+)
 def test_t5_trains_one_tensor_of_length_times_width(d: int, length: int, count: int) -> None:
     config = T5Config(d_model=d, num_layers=1, d_ff=8, num_heads=8, vocab_size=32128)
     host = Host(empty_model(config, "seq2seq"))

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from peftcli.core import weights
 from peftcli.core.host import Host
 from peftcli.core.layer import Bare
+from peftcli.core.principal import input_grams
 from peftcli.core.site import Site
 from peftcli.data.collate import Batch
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
-from peftcli.methods.qwha import QWHA, QWHADelta, allocate, input_grams
+from peftcli.methods.qwha import QWHA, QWHADelta, allocate
 from peftcli.train.preview import Preview
 from tests import tiny
 
@@ -87,17 +88,23 @@ def test_the_start_cancels_error_and_refinement_helps(d_out: int, d_in: int) -> 
     assert left < weighted(dE, G)
 
 
-def test_positions_are_the_largest_of_each_channel() -> None:
+@pytest.mark.parametrize(("power", "damp"), [(1.0, 1e-4), (0.0, 1e-4), (2.5, 10.0)])
+def test_positions_are_the_largest_of_each_channel(power: float, damp: float) -> None:
     linear, (dE, G) = nn.Linear(16, 10), error_and_gram(10, 16)
     delta = QWHA(n=50).build(site_of(linear)).double()
-    delta.start(dE, G, alloc_power=1.0, damp=1e-4)
+    delta.start(dE, G, alloc_power=power, damp=damp)
     X = delta.hadamard(dE)
-    counts = allocate(X.norm(dim=1), 50, 16)
-    R = torch.linalg.cholesky(G + 1e-4 * G.diagonal().mean() * torch.eye(16).double()).T
+    counts = allocate(X.norm(dim=1) ** power, 50, 16)
+    assert (len(counts.unique()) == 1) == (power == 0)
+    R = torch.linalg.cholesky(G + damp * G.diagonal().mean() * torch.eye(16).double()).T
     bases = delta.hadamard(R) / 16  # columns R H_j / I
     scores = bases.square().sum(0) * X.square()
     rows, columns = delta.positions // 16, delta.positions % 16
     for i in range(10):
+        S = columns[rows == i]
+        fitted = torch.linalg.lstsq(bases[:, S], (R @ dE[i])[:, None]).solution[:, 0]
+        mine = delta.coefficients[rows == i] * delta.scale
+        torch.testing.assert_close(mine, fitted, atol=1e-9, rtol=1e-7)
         assert set(columns[rows == i].tolist()) == set(scores[i].topk(int(counts[i]))[1].tolist())
 
 
@@ -143,6 +150,16 @@ def test_the_budget_is_that_of_lora() -> None:
     assert QWHA().budget(site_of(linear)) == 524_288
     assert QWHA(n=1000).budget(site_of(linear)) == 1000
     assert QWHA().build(site_of(nn.Linear(32, 8))).coefficients.numel() == 256
+
+
+def test_the_plain_start_is_zeros_at_the_seeds_positions() -> None:
+    site = site_of(nn.Linear(16, 10))
+    first, again, other = (QWHA(n=30, seed=s, init="plain").build(site) for s in (777, 777, 3))
+    assert not first.coefficients.any()
+    assert first.positions.unique().numel() == 30
+    assert first.positions.dtype == torch.int32
+    assert torch.equal(first.positions, again.positions)
+    assert not torch.equal(first.positions, other.positions)
 
 
 def test_a_width_without_hadamard_matrix_is_refused() -> None:

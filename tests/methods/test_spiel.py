@@ -16,6 +16,7 @@ from peftcli.core.host import Host
 from peftcli.core.method import Step
 from peftcli.core.site import Site
 from peftcli.errors import ConfigError, NotApplicable
+from peftcli.methods.lora import LoRA
 from peftcli.methods.sparse import SparseDelta, random_positions
 from peftcli.methods.spiel import (
     SM3,
@@ -125,6 +126,23 @@ def test_the_aged_adam_of_entries_that_are_all_as_old_is_adam() -> None:
     assert ours.state[p]["age"].tolist() == [21] * 5
 
 
+def test_entries_of_different_ages_have_each_their_own_correction() -> None:
+    """m / (1 - b1^age) over (sqrt(v) + eps) / sqrt(1 - b2^age), then decay, then age + 1."""
+    torch.manual_seed(0)
+    age, m, v, g, start = torch.rand(5, 6, dtype=torch.float64) + 0.1
+    v, age = v * 1e-12, (age * 10).float()  # so small that eps counts
+    p = nn.Parameter(start.clone())
+    p.grad = g * 1e-6
+    optimizer = AgedAdamW([{"params": [p], "lr": 0.1, "weight_decay": 0.5}])
+    optimizer.state[p] = {"age": age.clone(), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    optimizer.step()
+    m, v = 0.9 * m + 0.1 * p.grad, 0.999 * v + 0.001 * p.grad**2
+    spread = (v.sqrt() + 1e-6) / (1 - 0.999**age).sqrt()
+    wanted = (start - 0.1 * m / (1 - 0.9**age) / spread) * (1 - 0.1 * 0.5)
+    torch.testing.assert_close(p.data, wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(optimizer.state[p]["age"], age + 1)
+
+
 def test_decay_pulls_the_change_to_nothing() -> None:
     p = nn.Parameter(torch.ones(3))
     p.grad = torch.zeros(3)
@@ -165,14 +183,48 @@ def test_candidates_that_train_already_grow_nothing() -> None:
     assert delta.values.tolist() == [1, 0, 3, 4]
 
 
+LLAMAS = {
+    "7b": LlamaConfig(vocab_size=32000),
+    "13b": LlamaConfig(
+        hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "of_rank_1", "of_rank_64"),
+    [("7b", 2_498_560, 159_907_840), ("13b", 3_911_680, 250_347_520)],
+)
+def test_the_papers_budgets_are_those_of_lora_on_the_seven_linears(
+    size: str, of_rank_1: int, of_rank_64: int
+) -> None:
+    assert 64 * of_rank_1 == of_rank_64
+    host = Host(empty_model(LLAMAS[size], "causal_lm"))
+    host.add(LoRA(r=1, target_modules="all-linear"))
+    assert host.num_parameters()[0] == of_rank_1
+    host.remove("default")
+    host.add(SpIEL(num_tunable_weights=of_rank_1))
+    assert of_rank_1 - len(host.sites["default"]) < host.num_parameters()[0] <= of_rank_1
+
+
 def test_the_budget_of_rank_64_on_a_7b_llama() -> None:
-    host = Host(empty_model(LlamaConfig(vocab_size=32000), "causal_lm"))
+    host = Host(empty_model(LLAMAS["7b"], "causal_lm"))
     host.add(SpIEL(num_tunable_weights=64 * 2_498_560))
     counts = {site.role: delta.values.numel() for site, delta in host.deltas()}
     assert all(counts[role] == 414_269 for role in ("q", "k", "v", "o"))
     assert all(counts[role] == 1_113_347 for role in ("gate", "up", "down"))
-    assert host.num_parameters()[0] == 159_907_744
+    trained, every = host.num_parameters()
+    assert trained == 159_907_744
+    assert round(100 * trained / (every - trained), 2) == 2.37
     assert {delta.indices.dtype for _, delta in host.deltas()} == {torch.int32}
+
+
+def test_positions_of_a_weight_of_two_billion_entries_are_wide() -> None:
+    types = [
+        SparseDelta(Site("m", nn.Linear(1, 1), "linear", d_in, 2**16), torch.tensor([5])).indices
+        for d_in in (2**15 - 1, 2**15)
+    ]
+    assert [t.dtype for t in types] == [torch.int32, torch.int64]
 
 
 def test_the_density_is_of_the_whole_model() -> None:
@@ -222,6 +274,7 @@ class Watched(SpIEL):
             assert len(delta.indices.unique()) == len(indices)
             if self.growth == "ma":  # what trained before the choice is not chosen
                 assert not torch.isin(delta.indices[new], indices).any()
+                assert new.all() or t.index + 1 != 2  # and the first choice moves all
             moved += int(new.sum())
         assert (moved > 0) == (t.index + 1 in (2, 6)), t
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM, ViTConfig
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+)
 
 from peftcli.core import weights
 from peftcli.core.host import Host
@@ -45,6 +56,54 @@ def test_parameters_of_vit_base() -> None:
     host.add(SSF())
     assert host.num_parameters()[0] == 205_824
     assert not any(site.path == "classifier" for site in host.sites["default"])
+
+
+SWIN = SwinConfig(
+    image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+)
+CONVNEXT = ConvNextConfig(
+    image_size=16, patch_size=2, num_stages=2, hidden_sizes=[8, 16], depths=[1, 1]
+)
+
+
+@pytest.mark.parametrize(
+    ("cls", "config", "names"),
+    [
+        (
+            SwinForImageClassification,
+            SWIN,
+            "projection norm layernorm_before layernorm_after q_proj o_proj fc1 fc2 reduction",
+        ),
+        (
+            ConvNextForImageClassification,
+            CONVNEXT,
+            "patch_embeddings layernorm dwconv pwconv1 pwconv2 downsampling_layer",
+        ),
+    ],
+    ids=["swin", "convnext"],
+)
+def test_every_operation_of_other_vision_models_has_a_pair_that_folds(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, names: str
+) -> None:
+    """Patch embeddings, mergings and down-samplings too; all but the head."""
+    torch.manual_seed(0)
+    model = cls(config).eval()
+    host = Host(model)
+    operations = nn.Linear, nn.Conv2d, nn.LayerNorm
+    wanted = {p for p, m in model.named_modules() if isinstance(m, operations)} - {"classifier"}
+    host.add(SSF(init_std=0.2))
+    assert {site.path for site in host.sites["default"]} == wanted
+    assert all(any(name in path for path in wanted) for name in names.split())
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        apart = model(x).logits
+        host.merge()
+        torch.testing.assert_close(model(x).logits, apart, atol=1e-5, rtol=1e-4)
+        host.unmerge()
+    host.remove("default")
+    base = model(x).logits
+    host.add(SSF(init="identity"))
+    torch.testing.assert_close(model(x).logits, base)
 
 
 def test_parameters_of_vit_base_with_a_fresh_head_of_100_classes() -> None:

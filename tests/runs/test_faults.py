@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftcli import build
 from peftcli import run as runs
 from peftcli.cli import main
 from peftcli.train import streams
@@ -80,6 +81,27 @@ def test_a_run_that_goes_on_from_a_checkpoint_with_new_values_keeps_the_old_ones
     again = cli("train", "run")  # neither begins again, nor sees another configuration
     assert "finished" in again.stderr
     assert "lr: 0.01" in (run / "checkpoints/config.yaml").read_text()
+
+
+# -- signals before training -----------------------------------------------------------------------
+@pytest.mark.parametrize("phase", ["prepare", "load"])
+def test_a_signal_before_there_is_anything_to_save_ends_the_run_at_once(
+    phase: str, cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where long data are tokenised, or a large model is read."""
+    place, name = (build, "prepare") if phase == "prepare" else (build.load, "load_model")
+    went_on = []
+
+    def signalled(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        went_on.append(phase)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, signalled)
+        cli(*tiny_run, code=75)
+    assert not went_on
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    cli(*tiny_run, "trainer.max_steps=1")
 
 
 # -- disks -----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from peftcli.core import weights
 from peftcli.models.load import Loaded, load_model
 from peftcli.models.source import resolve
 from peftcli.settings import Model, Quantization, Task
+from tests import packer
 from tests.conftest import Cli, signalled
 
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
@@ -130,16 +131,59 @@ def test_a_model_whose_files_hold_few_bits_trains_as_one_that_is_quantised_on_th
     assert weights.bits(read.model.layers[0].mlp.up_proj) is None
 
 
+def test_a_run_on_gptq_is_checked_stopped_and_goes_on_bit_for_bit(
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packer.checkpoint(tmp_path / "model", "llama", "gptq", order=True)
+    there = [*tiny_run, f"model.name_or_path={tmp_path / 'model'}", "trainer.max_steps=4"]
+    words = [*there, "optimizer.lr=1e-2"]
+    plan = " ".join(cli("check", *words).stderr.split())
+    assert "gptq (21 linears), the rest float32" in plan
+    cli(*words, "run_dir=whole")
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    signalled(monkeypatch, 2)
+    cli(*words, "run_dir=parts", code=75)
+    cli(*words, "run_dir=parts")
+    file = "adapter/adapter_model.safetensors"
+    whole, parts = (load_file(tmp_path / folder / file) for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    bare = [word for word in there if not word.startswith("method.")]
+    for words, said in (
+        ([*bare, "quantization=nf4"], "is stored in gptq already"),
+        ([*bare, "strategy=fsdp"], "cannot cut up weights that are stored in gptq"),
+        ([*bare, "method=full"], "is stored in gptq: Full changes the base's own weights"),
+        ([*there, "method.init=loftq"], "needs the weights that the base was quantised from"),
+    ):
+        assert said in cli("check", *words, code=2).stderr
+
+
+def test_a_run_on_awq_answers_and_is_merged_into_what_its_bits_mean(
+    cli: Cli, tiny_run: list[str], tmp_path: Path
+) -> None:
+    packer.checkpoint(tmp_path / "model", "llama", "awq")
+    there = f"model.name_or_path={tmp_path / 'model'}"
+    cli(*tiny_run, there, "trainer.max_steps=2", "optimizer.lr=1e-2", "run_dir=run")
+    cli("generate", "run", "--prompt", "what is 3 plus one", "--max-new-tokens", "3")
+    merge = ["export", "run", "--to", "merged", "--output", "merged", "--json"]
+    for onto in ("original", "requantised"):
+        assert "--onto dequantised" in cli(*merge, "--onto", onto, code=2).stderr
+    change = json.loads(cli(*merge).stdout)
+    assert change["onto"] == "dequantised"
+    assert change["max_abs_difference"] < 1e-4
+    read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert weights.bits(read.model.layers[0].mlp.up_proj) is None
+
+
 def test_a_model_whose_files_hold_few_bits_is_never_read_as_another(
     cli: Cli, tiny_run: list[str], stored: Path
 ) -> None:
     words = [*tiny_run, f"model.name_or_path={stored}"]
     assert "stored in nf4 already" in cli(*words, "quantization=int8", code=2).stderr
-    assert "quantization=nf4: Full" in cli(*words[:-3], words[-1], "method=full", code=2).stderr
+    assert "is stored in nf4: Full" in cli(*words[:-3], words[-1], "method=full", code=2).stderr
     config = json.loads((stored / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "hqq", "bits": 4}
     (stored / "config.json").write_text(json.dumps(config))
-    assert "is stored in gptq, which is not read here" in cli(*words, code=2).stderr
+    assert "is stored in hqq, which is not read here" in cli(*words, code=2).stderr
 
 
 def test_what_cannot_be_is_said(cli: Cli, tiny_run: list[str], tmp_path: Path) -> None:

@@ -207,3 +207,13 @@ def test_loggers_work_offline(cli: Cli, tiny_run: list[str], tmp_path: Path, log
         pytest.importorskip("tensorboard", reason="an extra")
     cli(*tiny_run, f"logger={logger}")
     assert any((tmp_path / "run" / logger).rglob("*"))
+
+
+def test_a_run_whose_logger_is_not_let_in_is_kept_offline(
+    cli: Cli, tiny_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    done = cli(*tiny_run, "logger=wandb", "logger.mode=online", "trainer.max_steps=1")
+    assert "The run is kept offline; `wandb sync" in " ".join(done.stderr.split())
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))

@@ -22,6 +22,7 @@ class Member:
     state: str = "waiting"
     metrics: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
+    foretold: float | None = None
 
     def run(self, objective: Run, seconds: float = 1.0) -> None:
         found = objective(values_of(self.overrides))

@@ -28,7 +28,8 @@ def test_workers_of_a_launcher_do_each_member_once(
     ledger = quick.planned(tmp_path / "s", [f"m{i}=0.1" for i in range(6)])
     command = [sys.executable, "-m", "tests.sweep.quick", str(ledger.folder)]
     follower = launchers.Follower(ledger, None)
-    assert launchers.LAUNCHERS[name](command, 2, options, ledger) == [0, 0]
+    workers = launchers.Workers(command, 2, options, ledger, tmp_path / "stop")
+    assert launchers.LAUNCHERS[name](workers) == [0, 0]
     follower.look()
     for member in ledger.members():
         assert member.state == "done"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -135,20 +136,26 @@ def test_tpe_is_better_than_random_on_a_known_function(tmp_path: Path) -> None:
     assert sum(by_tpe) < 0.5 * sum(by_chance)
 
 
-@pytest.mark.parametrize("kind", ["random", "optuna"])
-def test_a_search_killed_after_any_run_goes_on_as_it_would_have(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [("random", (1, 5, 11, 13)), ("optuna", (1, 5, 11, 13)), ("metade", (12,))],
+)
+def test_a_search_killed_after_any_run_goes_on_as_it_would_have(
+    kind: str, kills: Sequence[int], tmp_path: Path
+) -> None:
     whole = sweep(study(kind, trials=14), tmp_path, branin)
-    for killed_after in (1, 5, 11, 13):
+    for killed_after in kills:
         members = sweep(study(kind, trials=14), tmp_path, branin, most=killed_after)
         go_on(study(kind, trials=14), tmp_path, branin, members[::-1])
         go_on(study(kind, trials=14), tmp_path, branin, members)
         assert names(members) == names(whole)
 
 
-def test_what_is_proposed_does_not_depend_on_the_ledger_s_order(tmp_path: Path) -> None:
-    members = sweep(study("optuna", trials=30), tmp_path, branin, most=29)
-    forth = search.next_point("optuna", BRANIN, _tried(members), 0)
-    assert search.next_point("optuna", BRANIN, _tried(members[::-1]), 0) == forth
+@pytest.mark.parametrize("kind", ["optuna", "metade"])
+def test_what_is_proposed_does_not_depend_on_the_ledger_s_order(kind: str, tmp_path: Path) -> None:
+    members = sweep(study("random", trials=30), tmp_path, branin)
+    forth = search.next_point(kind, BRANIN, _tried(members), 0)
+    assert search.next_point(kind, BRANIN, _tried(members[::-1]), 0) == forth
 
 
 def _tried(members: list[Member]) -> search.Tried:
@@ -188,10 +195,21 @@ def test_several_metrics_give_a_pareto_front(tmp_path: Path) -> None:
     assert best == {(f"method.r={r}", "b=x") for r in (1, 2, 4, 8)}
 
 
-def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r"peftcli\[optuna\]"):
-        search.next_point("optuna", BRANIN, {}, 0)
+@pytest.mark.parametrize(
+    ("module", "key", "value"),
+    [
+        ("optuna", "search", "optuna"),
+        ("sklearn", "search", "metade"),
+        ("sklearn", "prune_model", "svr"),
+    ],
+)
+def test_where_a_library_is_missing_its_extra_is_named_before_anything_runs(
+    module: str, key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    given = {"search": "random", "prune": "predict", key: value}
+    with pytest.raises(ConfigError, match=rf"sweep.{key}={value} .* 'peftcli\[{module}\]'"):
+        study(**given)
 
 
 def test_an_empty_space_has_one_point() -> None:

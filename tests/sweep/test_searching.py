@@ -46,6 +46,7 @@ def at_work(tmp_path: Path) -> tuple[Searching, Ledger]:
     with ledger.locked():
         for number, last in enumerate((0.7, 0.8, 0.9), 1):
             done(ledger, member(number, "lora", 2**number), [0.5, 0.6, last, last])
+        done(ledger, member(4, "lora", 3), [0.5, 0.1, 0.1, 0.1])  # of an earlier line's space
     return searching(given, SPACE, [], ()), ledger
 
 
@@ -59,8 +60,9 @@ def test_a_running_member_is_compared_with_finished_ones_of_its_method(
     told(ledger, slow, [0.5, 0.6])
     assert search.hopeless(ledger, slow) is None
     told(ledger, slow, [0.5, 0.6, 0.75])
-    reason = search.hopeless(ledger, slow)
-    assert reason == "hopeless: accuracy 0.75 by step 20, the median of 3 runs is 0.8"
+    stop = search.hopeless(ledger, slow)
+    assert stop is not None
+    assert stop.reason == "hopeless: accuracy 0.75 by step 20, the median of 3 runs is 0.8"
     assert search.hopeless(ledger, slow) is None  # nothing new
     other = ledger.write(member(10, "dora", 32), state="running")
     told(ledger, other, [0.5, 0.6, 0.75])

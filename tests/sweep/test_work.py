@@ -17,6 +17,7 @@ import pytest
 
 from peftcli.sweep import claims, cost
 from peftcli.sweep.ledger import Ledger
+from peftcli.sweep.pruning import Stop
 from tests.sweep import quick
 
 ROOT = Path(__file__).parents[2]
@@ -79,10 +80,12 @@ def test_no_member_is_started_once_too_many_have_failed(tmp_path: Path) -> None:
 def test_a_hopeless_member_is_stopped_with_its_reason(tmp_path: Path) -> None:
     ledger = quick.planned(tmp_path / "s", ["a=60", "b=0.1"])
     worker = quick.worker(ledger)
-    worker.hopeless = lambda ledger, m: "worse than the median" if m.number == 1 else None
+    stop = Stop("worse than the median", foretold=0.25)
+    worker.hopeless = lambda ledger, m: stop if m.number == 1 else None
     worker.work()
     assert states(ledger) == ["pruned", "done"]
     assert ledger.members()[0].reason == "worse than the median"
+    assert [t.foretold for t in ledger.trials()] == [0.25, None]
 
 
 def test_a_signal_stops_the_members_and_a_later_start_goes_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -191,6 +192,28 @@ def spoil_optimizer(loop: Any) -> None:
     next(iter(loop.optimizer.state.values()))["exp_avg"].view(-1)[0] = float("nan")
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_save_is_tried_again_where_a_disk_elsewhere_is_away_for_a_moment(
+    failures: int, make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, left = make_loop(), [errno.EIO, errno.ESTALE, errno.EIO][:failures]
+    sync = checkpoint.sync
+
+    def away(path: Path) -> None:
+        if left:
+            raise OSError(left.pop(), "away", str(path))
+        sync(path)
+
+    monkeypatch.setattr(checkpoint, "sync", away)
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+    if failures > 2:
+        with pytest.raises(DataError, match=r"cannot write the checkpoint .*: away"):
+            loop.save()
+    else:
+        assert checkpoint.problem(loop.save()) is None
+    assert not list(loop.folder.checkpoints.glob(".step*"))
+
+
 def test_a_step_is_not_taken_on_an_optimizer_state_that_is_not_finite(make_loop: MakeLoop) -> None:
     loop = make_loop(max_steps=9, save_steps=4)
     plain = loop.step
@@ -299,7 +322,8 @@ def test_the_longest_examples_are_computed_ahead_unless_the_first_step_has_them(
 def test_bytes_of_the_optimizers_state_are_known_before_its_first_step(
     cls: str, kwargs: dict[str, Any], per_number: int
 ) -> None:
-    weight = torch.nn.Parameter(torch.zeros(30, 70))
-    optimizer = getattr(torch.optim, cls)([weight], lr=1e-3, **kwargs)
-    assert optim.state_bytes(optimizer) == per_number * weight.numel()
-    assert not optimizer.state
+    for dtype, narrower in ((torch.float32, 1), (torch.bfloat16, 2)):
+        weight = torch.nn.Parameter(torch.zeros(30, 70, dtype=dtype))
+        optimizer = getattr(torch.optim, cls)([weight], lr=1e-3, **kwargs)
+        assert optim.state_bytes(optimizer) == per_number * weight.numel() / narrower
+        assert not optimizer.state

@@ -145,7 +145,7 @@ def test_the_three_losses_of_tfew() -> None:
         {}, targets, ("a",), 5, owner=owner, counted=counted, choices=(Choice((1, 2), 0),)
     )
     totals = objective.Totals.of([batch, batch])
-    assert totals == objective.Totals(targets=4, wrong=2, questions=2)
+    assert totals == objective.Totals(targets=4, wrong=2, questions=2, tokens=10)
     half = objective.tfew(torch.zeros(5, 4), batch, totals)
     assert 2 * half.item() == pytest.approx(LOG_4 + UNLIKELY + LOG_2, abs=1e-6)
 

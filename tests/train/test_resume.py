@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from peftcli import interrupts
 from peftcli.errors import DataError, NonFinite, Stopped
 from peftcli.train import checkpoint
 from tests.train.conftest import OPTIONS, MakeLoop, interrupted, loops
@@ -47,11 +49,23 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple:
         return outcome(loop)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", interrupts.SIGNALS)
 def test_a_signal_saves_and_the_run_goes_on_bit_for_bit(
     make_loop: MakeLoop, straight: tuple, tmp_path: Path, number: int
 ) -> None:
     same(outcome(interrupted(make_loop, tmp_path / "again", [4], number)), straight)
+
+
+def test_a_run_whose_time_is_over_saves_and_goes_on_bit_for_bit(
+    make_loop: MakeLoop, straight: tuple, tmp_path: Path
+) -> None:
+    loop = make_loop(folder=tmp_path / "again", **OPTIONS)
+    loop.stopper.until = time.monotonic() + 0.05
+    loop.stopper.begin(loop.ranks)
+    with pytest.raises(Stopped, match=r"^stopped by trainer\.stop_after after step \d"):
+        loop.fit()
+    loop.stopper.received = None
+    same(outcome(interrupted(make_loop, tmp_path / "again", [])), straight)
 
 
 @pytest.mark.parametrize("at", [[0, 1, 2], [2, 5, 8], [4, 9], [9, 10]], ids=str)

@@ -27,6 +27,11 @@ ELSEWHERE = {
     "layer_replication": "it copies blocks of the base",
     "trainable_token_indices": "take method.peft_type=TRAINABLE_TOKENS",
     "target_parameters": "it parametrises weights in place",
+    "alora_invocation_tokens": "where they stand in a row is told to wrappers from outside of them",
+    "arrow_config": "it routes between LoRA adapters that must be trained before",
+    "kasa_config": "it rewrites the base, and its losses are added outside of its wrappers",
+    "monteclora_config": "its loss is added outside of its wrappers",
+    "velora_config": "what it sets by the first batch would be set anew after a restart",
     "use_asa": "the averages that it allocates by would not survive a restart",
 }
 # Why a tuner cannot train in a run of ours.
@@ -118,7 +123,7 @@ def check(peft_type: str, config: Mapping[str, Any], targets: Any) -> None:
 
 def _wrong(peft_type: str, key: str, value: Any, fields: Mapping[str, Any]) -> str | None:
     """What is wrong with one entry of `method.config`, or None."""
-    if key in ELSEWHERE and key in fields and value:
+    if key in ELSEWHERE and key in fields and value not in (None, False, []):
         return f"method.config.{key} cannot be used here: {ELSEWHERE[key]}."
     if key == "inference_mode":
         return None
