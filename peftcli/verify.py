@@ -57,10 +57,13 @@ class Watch(LiveScreen):
         super().__init__()
         self.losses: dict[int, float] = {}
         self.examples: list[tuple[int, tuple[str, ...]]] = []  # of each micro-batch: step, ids
+        self.begun: list[tuple[str, ...]] = []  # the same of a step that may yet be stopped
 
     def step(self, done: int, total: int, record: dict[str, Any]) -> None:
-        """Keep the loss."""
+        """Keep the loss, and what the step was computed from."""
         self.losses[done] = record["loss"]
+        self.examples += [(done, ids) for ids in self.begun]
+        self.begun.clear()
 
 
 @dataclass
@@ -103,15 +106,15 @@ class Course:
                 loop.fit()
             except Stopped:
                 assert loop.progress.step == stop
+                self.watch.begun.clear()
 
     def _signal_in_step(self, loop: Loop, stop: int) -> None:
         """Have SIGTERM come in the middle of the step that ends at `stop`."""
         plain = loop.collate
 
         def collate(examples: Sequence[Example]) -> Batch:
-            step = loop.progress.step
-            self.watch.examples.append((step, tuple(str(e["id"]) for e in examples)))
-            if step == stop - 1 and loop.stopper.received is None:
+            self.watch.begun.append(tuple(str(e["id"]) for e in examples))
+            if loop.progress.step == stop - 1 and loop.stopper.received is None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return plain(examples)
 
@@ -157,9 +160,10 @@ def compare(
     seen, again = straight.watch, paused.watch
     if seen.examples != again.examples:
         step = next(
-            (a[0] for a, b in zip(seen.examples, again.examples, strict=False) if a != b), -1
+            (a[0] for a, b in zip(seen.examples, again.examples, strict=False) if a != b),
+            max(seen.losses),
         )
-        differences["examples"] = f"other ones from step {step + 1} on"
+        differences["examples"] = f"other ones from step {step} on"
     for step, loss in seen.losses.items():
         if loss != again.losses.get(step):
             differences["losses"] = f"step {step}: {loss!r}, and {again.losses.get(step)!r}"

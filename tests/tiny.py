@@ -137,6 +137,8 @@ def quantised(model: PreTrainedModel, kind: str) -> PreTrainedModel:
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
+    from peftcli.models.quantise import keep_stored
+
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path == "lm_head":
             continue
@@ -150,6 +152,7 @@ def quantised(model: PreTrainedModel, kind: str) -> PreTrainedModel:
             new = Linear8bitLt(*sizes, bias, has_fp16_weights=False)
         new.load_state_dict(module.state_dict())
         setattr(*_place(model, path), new.to("cpu"))
+    keep_stored(model)
     return model.eval()
 
 

@@ -52,11 +52,12 @@ class PrefixDelta(KeyValueDelta):
             self.B = nn.Linear(encoder.A.out_features, 2 * d_kv)  # (2 G D, m)
 
     def table(self) -> Tensor:
-        """[K_p | V_p] (P, 2 G D)."""
+        """[K_p | V_p] (P, 2 G D), in its own type: what is folded is what was trained."""
         if self.B is None:
             assert self.W is not None
             return self.W
-        return self.B(cast(PrefixEncoder, self.encoder[0])())
+        with torch.autocast(self.B.weight.device.type, enabled=False):
+            return self.B(cast(PrefixEncoder, self.encoder[0])())
 
     def keys_values(self, B: int) -> KeysValues:
         """K_p and V_p of `B` rows; each row drops its own entries while training."""

@@ -39,8 +39,13 @@ class PromptDelta(Delta):
         self.encoder = encoder
 
     def rows(self) -> Tensor:
-        """What stands at the laid ids, (P, d): E, or what the encoder makes of it."""
-        return self.E if self.encoder is None else self.encoder(self.E)
+        """What stands at the laid ids, (P, d): E, or what the encoder makes of it, in its own
+        type, so that the folded rows are those that were trained.
+        """
+        if self.encoder is None:
+            return self.E
+        with torch.autocast(self.E.device.type, enabled=False):
+            return self.encoder(self.E)
 
     @torch.no_grad()
     def fold(self) -> None:

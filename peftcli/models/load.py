@@ -27,7 +27,7 @@ from peftcli.errors import ConfigError, DataError, UserError, did_you_mean, firs
 from peftcli.models import packed
 from peftcli.models.convert import folder_of
 from peftcli.models.inputs import load_tokenizer
-from peftcli.models.quantise import compute_in, dequantise, loading, stored_as, told_in
+from peftcli.models.quantise import compute_in, dequantise, keep_stored, loading, stored_as, told_in
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
 from peftcli.models.source import Source
@@ -94,6 +94,7 @@ def load_model(
         empty = empty_model(config, task, labels, cloze)
         stored = packed.loading(told, folder_of(source), empty, dtype)
     model, info = _read(cls, source, cfg, config=config, dtype=dtype, **stored)
+    keep_stored(model)
     if dequantised and (stored or in_files):
         model = dequantise(model, dtype)
     new_modules = _new_modules(model, info, task, source)

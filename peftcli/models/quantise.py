@@ -112,6 +112,16 @@ def loading(
     return {"quantization_config": config}
 
 
+def keep_stored(model: nn.Module) -> None:
+    """Have bitsandbytes leave weights in 4 bits as they are. On a CPU with AVX512-BF16 its layers
+    would otherwise pack them anew at the first product outside of training, with rounded scales,
+    for a kernel without a gradient.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model with plain linears that hold what their bits mean, in `dtype`."""
     with quiet():
@@ -142,7 +152,9 @@ def requantised(folder: Path, quantization: Quantization) -> PreTrainedModel:
         empty = cls(config)
     stored = loading(quantization, empty, torch.float32)
     with quiet():
-        return cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **stored)
+        model = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **stored)
+    keep_stored(model)
+    return model
 
 
 def _skipped(quantization: Quantization, empty: PreTrainedModel) -> list[str]:

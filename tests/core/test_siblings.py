@@ -20,7 +20,7 @@ FAMILIES = {"llama": 6, "bert": 2, "t5": 6, "vit": 2, "gpt2": 0}  # of the tiny 
 
 def adapted(model: str, **options: Any) -> Host:
     torch.manual_seed(0)
-    host = Host(tiny.models()[model]())
+    host = Host(tiny.models()[model]().double())
     host.add(LoRA(r=3, target_modules="all-linear", **options))
     with torch.no_grad():
         for parameter in host.trained().values():
@@ -68,7 +68,7 @@ def test_together_equals_apart(model: str, computed: list[Siblings]) -> None:
         assert not family.waiting
         family.are_apart = True
     for a, b in zip(together, logits_and_gradients(host, model), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
     assert len(computed) == FAMILIES[model]
 
 
@@ -109,7 +109,7 @@ def test_linears_that_are_called_with_different_inputs_part(computed: list[Sibli
     assert sum(family.are_apart for family in families(host)) == 3
     again = logits_and_gradients(host, "llama")
     for a, b in zip(first, again, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
 def test_a_copy_has_families_of_its_own() -> None:

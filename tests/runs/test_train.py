@@ -106,7 +106,7 @@ def test_a_run_imports_neither_other_adapters_nor_a_compiler_nor_figures(
     tiny_run: list[str], cache: Path, tmp_path: Path
 ) -> None:
     """Each takes seconds of every start; LoRA on a plain model needs none."""
-    heavy = "peft bitsandbytes deepspeed datasets pandas pyarrow scipy sklearn matplotlib"
+    heavy = "peft bitsandbytes deepspeed datasets pandas pyarrow sklearn matplotlib"
     heavy += " torchmetrics wandb optuna torch._inductor.lowering"
     code = (
         "import sys; from peftcli.cli import main; code = main(sys.argv[1:]);"
