@@ -7,7 +7,6 @@ fit is one error that names the key, what was given, what it takes, and the file
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 import math
@@ -24,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from peftcli import cards, folders, settings, written
 from peftcli.errors import ConfigError, DataError, did_you_mean
+from peftcli.imports import optional
 from peftcli.suggest import nearest_keys
 from peftcli.train.schedules import SCHEDULES
 from peftcli.words import in_words
@@ -187,7 +187,7 @@ class Check:
             raise ConfigError(refusal)
         module, _, name = target.rpartition(".")
         try:
-            found = getattr(importlib.import_module(module), name, None)
+            found = getattr(optional(module), name, None)
         except ModuleNotFoundError as e:
             if e.name == "bitsandbytes":
                 raise ConfigError(

@@ -24,10 +24,19 @@ from transformers import (
 )
 
 from peftcli.errors import ConfigError, DataError, UserError, did_you_mean, first_sentence
+from peftcli.imports import optional
 from peftcli.models import packed
 from peftcli.models.convert import folder_of
 from peftcli.models.inputs import load_tokenizer
-from peftcli.models.quantise import compute_in, dequantise, keep_stored, loading, stored_as, told_in
+from peftcli.models.quantise import (
+    BITSANDBYTES,
+    compute_in,
+    dequantise,
+    keep_stored,
+    loading,
+    stored_as,
+    told_in,
+)
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import Layout, layout
 from peftcli.models.source import Source
@@ -87,6 +96,8 @@ def load_model(
     cls = class_for(task, config, cfg, cloze)
     compute_in(config, compute_dtype)
     stored, in_files = {}, stored_as(config)
+    if in_files in BITSANDBYTES:
+        optional("bitsandbytes")
     if quantization and quantization.name != "none":
         stored = loading(quantization, empty_model(config, task, labels, cloze), compute_dtype)
     elif in_files in packed.LAYOUTS and (told := told_in(config)):

@@ -5,7 +5,6 @@ transformers, or already in the model's files.
 from __future__ import annotations
 
 import importlib.util
-import logging
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftcli.errors import ConfigError
+from peftcli.imports import optional
 from peftcli.models import packed
 from peftcli.models.quiet import quiet
 from peftcli.models.roles import layout
@@ -98,8 +98,8 @@ def loading(
     refuse_missing(f"quantization={quantization.name}")
     from transformers import BitsAndBytesConfig
 
-    # one line for every product: that int8 multiplies in 16 bits is known
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    optional("bitsandbytes")
+
     config = BitsAndBytesConfig(
         load_in_8bit=quantization.name == "int8",
         load_in_4bit=quantization.name != "int8",
@@ -119,7 +119,7 @@ def keep_stored(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  # for the type checker
 
 
 def dequantise(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

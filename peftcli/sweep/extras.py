@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 from peftcli.errors import ConfigError
 from peftcli.settings import Sweep
@@ -30,18 +27,3 @@ def check(sweep: Sweep) -> None:
                 f"sweep.{key}={value} needs {name}: pip install 'peftcli[{extra}]'. "
                 f"sweep.{key}={other} needs nothing."
             )
-
-
-def of_sklearn(name: str) -> Any:
-    """A module of scikit-learn. It is imported as if there were no pandas, unless that is here
-    already: pandas brings pyarrow, and pyarrow a thread, after which no member could be forked from
-    this process (see `process`) and each would take seconds more to start.
-    """
-    hidden = "pandas" not in sys.modules
-    if hidden:
-        sys.modules["pandas"] = None  # type: ignore[assignment]
-    try:
-        return import_module(f"sklearn.{name}")
-    finally:
-        if hidden:
-            del sys.modules["pandas"]

@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftcli.sweep.extras import of_sklearn
+from peftcli.imports import optional
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -119,11 +119,11 @@ def _nu_svr(
 def _held_out_errors(
     Z: ndarray, y: ndarray, parameters: tuple[float, float, float], num_folds: int
 ) -> ndarray:
-    of = of_sklearn("model_selection")
+    of = optional("sklearn.model_selection")
     folds = of.KFold(num_folds, shuffle=True, random_state=0)
     return of.cross_val_predict(_regressor(parameters), Z, y, cv=folds) - y
 
 
 def _regressor(parameters: tuple[float, float, float]) -> Any:
     nu, C, gamma = parameters
-    return of_sklearn("svm").NuSVR(nu=nu, C=C, gamma=gamma)
+    return optional("sklearn.svm").NuSVR(nu=nu, C=C, gamma=gamma)

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from peftcli.imports import optional
 from peftcli.sweep import chance, evolution, metade
 from peftcli.sweep.encoding import encoded
 from peftcli.sweep.evolution import Array
-from peftcli.sweep.extras import of_sklearn
 from peftcli.sweep.objective import Scores
 from peftcli.sweep.space import Point, Space
 
@@ -100,7 +100,7 @@ def _by_rank(losses: list[float]) -> Array:
 
 def _fitted(rows: Array, y: Array) -> Any:
     """A Gaussian process by maximum likelihood: Matern 5/2, a length for every column, noise."""
-    of = of_sklearn("gaussian_process.kernels")
+    of = optional("sklearn.gaussian_process.kernels")
     shape = of.Matern([0.5] * rows.shape[1], LENGTHS, nu=2.5)
     kernel = of.ConstantKernel(1.0, (0.1, 10.0)) * shape + of.WhiteKernel(0.01, NOISE)
     return _process(kernel, _climb).fit(rows, y)
@@ -123,4 +123,6 @@ def _with_foretold(model: Any, rows: Array) -> Any:
 
 
 def _process(kernel: Any, optimizer: Any) -> Any:
-    return of_sklearn("gaussian_process").GaussianProcessRegressor(kernel, optimizer=optimizer)
+    return optional("sklearn.gaussian_process").GaussianProcessRegressor(
+        kernel, optimizer=optimizer
+    )

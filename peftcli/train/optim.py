@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import math
 from collections import defaultdict
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from peftcli.core.host import Host
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError
+from peftcli.imports import optional
 from peftcli.settings import OPTIMIZERS, Scheduler
 from peftcli.settings import Optimizer as OptimizerSettings
 from peftcli.train.schedules import SCHEDULES, Span
@@ -29,7 +29,7 @@ def make_optimizer(settings: OptimizerSettings, method: Method, host: Host) -> O
     has that.
     """
     module, _, name = settings.cls.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
+    cls = getattr(optional(module), name)
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.kwargs.items()}
     parameters = inspect.signature(cls).parameters
     if "fused" in parameters and not kwargs.keys() & {

@@ -87,6 +87,17 @@ def test_weights_have_the_wanted_type(folders: dict[str, Path], name: str) -> No
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_looking_at_a_model_in_few_bits_changes_none(folders: dict[str, Path]) -> None:
+    model: Any = take(folders["llama"], "causal_lm", quantization=Quantization("nf4")).model
+    stored = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.eval()(torch.arange(3, 11)[None])
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+    again = model.state_dict()
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+
+
 def test_nothing_is_printed(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
     take(folders["llama"], "classification", labels=LABELS)
     assert capfd.readouterr() == ("", "")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peftcli.errors import ConfigError, did_you_mean
+from peftcli.imports import optional
 from peftcli.words import in_words
 
 INNER = "default"  # the adapter's name inside of peft
@@ -48,12 +49,11 @@ REFUSED = {
 def installed_peft() -> Any:
     """The package `peft`, or what to install."""
     try:
-        import peft
+        return optional("peft")
     except ImportError:
         raise ConfigError(
             "method=hf_peft needs Hugging Face peft: pip install 'peftcli[peft]'"
         ) from None
-    return peft
 
 
 @contextmanager
