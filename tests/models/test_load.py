@@ -20,7 +20,7 @@ from peftcli.errors import ConfigError, DataError
 from peftcli.models import inputs, load, tasks
 from peftcli.models.load import Loaded
 from peftcli.models.source import Source, resolve
-from peftcli.settings import Format, Model, Task
+from peftcli.settings import Format, Model, Quantization, Task
 from tests import tiny
 
 NATURAL: dict[str, Task] = {
