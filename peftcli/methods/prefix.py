@@ -17,6 +17,7 @@ from peftcli.core.delta import Delta
 from peftcli.core.layer import Layer
 from peftcli.core.site import Site, find_sites
 from peftcli.errors import NotApplicable
+from peftcli.kernels.precision import own_dtype
 from peftcli.models.attention import KeysValues, KeyValueDelta, is_registered
 from peftcli.models.roles import is_cross
 
@@ -56,7 +57,7 @@ class PrefixDelta(KeyValueDelta):
         if self.B is None:
             assert self.W is not None
             return self.W
-        with torch.autocast(self.B.weight.device.type, enabled=False):
+        with own_dtype(self.B.weight):
             return self.B(cast(PrefixEncoder, self.encoder[0])())
 
     def keys_values(self, B: int) -> KeysValues:

@@ -23,6 +23,7 @@ from peftcli.core.graft import deltas_of
 from peftcli.core.layer import Layer
 from peftcli.core.site import Site, path_of
 from peftcli.errors import ConfigError, NotApplicable
+from peftcli.kernels.precision import own_dtype
 
 if TYPE_CHECKING:
     from peftcli.core.host import Host
@@ -44,7 +45,7 @@ class PromptDelta(Delta):
         """
         if self.encoder is None:
             return self.E
-        with torch.autocast(self.E.device.type, enabled=False):
+        with own_dtype(self.E):
             return self.encoder(self.E)
 
     @torch.no_grad()
