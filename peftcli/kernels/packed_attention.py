@@ -5,7 +5,7 @@ its prefix, another segment of the row. One sdpa call a segment: on the CPU that
 the time of a dense mask over 1,024 tokens in 8 segments, and 0.74 of the time of one autograd node
 around the same kernel calls (16 segments behind a shared prefix of 16, 510 tokens, 2026-11).
 Segments of one length that see themselves alone are a batch, one call: 0.8 of the time for 4 of 256
-tokens, 0.7 for 16 of 50.
+tokens, 0.7 for 16 of 50. In bfloat16 the CPU has `batched_attention` in place of sdpa.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftcli.kernels.batched_attention import batched_attention, is_batched
 from peftcli.kernels.choice import is_reference
 
 
@@ -61,6 +62,8 @@ def packed_attention(
     """
     if is_reference():
         return packed_attention_ref(q, k, v, segments, scale, before, dropout)
+    if is_batched(q, segments, dropout):
+        return batched_attention(q, k, v, segments, scale, before).transpose(1, 2)
     grouped = q.is_cpu  # its kernel reads grouped keys as they are; not every one on CUDA does
     held = before
     if not grouped:
