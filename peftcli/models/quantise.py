@@ -22,7 +22,6 @@ from peftcli.settings import Quantization
 
 BITSANDBYTES = ("nf4", "fp4", "int8")
 READ = (*BITSANDBYTES, *packed.LAYOUTS)  # what a checkpoint itself may hold
-PACKAGES = ("bitsandbytes", "accelerate")
 
 
 def stored_as(config: PreTrainedConfig) -> str | None:
@@ -70,10 +69,9 @@ def refuse_stored(model: str, config: PreTrainedConfig, asked: str) -> None:
 
 
 def refuse_missing(what: str) -> None:
-    """Raises `ConfigError` where `what` needs a package that is not installed."""
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{what} needs {package}: pip install 'peftcli[bitsandbytes]'")
+    """Raises `ConfigError` where bitsandbytes, which `what` needs, is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{what} needs bitsandbytes: pip install 'peftcli[bitsandbytes]'")
 
 
 def compute_in(config: PreTrainedConfig, dtype: torch.dtype) -> None:
