@@ -9,6 +9,7 @@ pieces whose scores stay in the cache. The weights are made again for the backwa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 LONGEST = 512  # tokens of a segment; torch's kernel is as fast from there on
 ALIKE = 0.75  # of the longest of a batch, at least, is each of its segments
 SCORES = 2**20  # of a batch, at most
+
+_is_off = False
 
 
 class Batch(NamedTuple):
@@ -42,9 +45,20 @@ class Batch(NamedTuple):
         return n, r, L, self.keys.shape[1] - L
 
 
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Every segment by itself for the length of the block, rounded as a row that stands alone."""
+    global _is_off
+    was, _is_off = _is_off, True
+    try:
+        yield
+    finally:
+        _is_off = was
+
+
 def is_batched(q: Tensor, segments: Sequence[Any], dropout: float) -> bool:
     """Whether this is the faster form for q (1, H, T, D)."""
-    halved = q.is_cpu and q.dtype == torch.bfloat16
+    halved = q.is_cpu and q.dtype == torch.bfloat16 and not _is_off
     return halved and not dropout and all(s.stop - s.start <= LONGEST for s in segments)
 
 

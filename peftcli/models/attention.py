@@ -25,6 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from peftcli.core.delta import Delta
 from peftcli.core.graft import active_of, deltas_of
 from peftcli.core.layer import Layer
+from peftcli.kernels.batched_attention import one_by_one
 from peftcli.kernels.packed_attention import Segment, Segments, behind_prefix, packed_attention
 
 NAME = "peftcli_packed"
@@ -180,7 +181,8 @@ def can_pack(model: nn.Module, max_length: int) -> str | None:
     was_training = model.training
     model.eval()
     try:
-        return _probe(model)
+        with one_by_one():
+            return _probe(model)
     finally:
         model.train(was_training)
 

@@ -83,6 +83,8 @@ def test_it_is_taken_in_bfloat16_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatc
         q, k, v, *_ = operands(segments[-1].stop, 2, 0, dtype)
         packed_attention(q, k, v, segments, 0.3)
         packed_attention(q, k, v, segments, 0.3, dropout=0.5)
+        with batched.one_by_one():
+            packed_attention(q, k, v, segments, 0.3)
         long = (Segment(0, batched.LONGEST + 1),)
         packed_attention(*operands(long[0].stop, 2, 0, dtype)[:3], long, 0.3)
     assert seen == [torch.bfloat16]
