@@ -62,7 +62,7 @@ def packed_attention(
     """
     if is_reference():
         return packed_attention_ref(q, k, v, segments, scale, before, dropout)
-    if is_batched(q, segments, dropout):
+    if is_batched(q, dropout):
         return batched_attention(q, k, v, segments, scale, before).transpose(1, 2)
     grouped = q.is_cpu  # its kernel reads grouped keys as they are; not every one on CUDA does
     held = before

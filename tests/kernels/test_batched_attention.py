@@ -40,14 +40,15 @@ def operands(T: int, G: int, P: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.requires_grad_() for t in made]
 
 
-@pytest.mark.parametrize("scores", [2**20, 300])
+@pytest.mark.parametrize(("scores", "queries"), [(2**20, 128), (300, 128), (2**20, 4), (300, 7)])
 @pytest.mark.parametrize("P", [0, 3])
 @pytest.mark.parametrize("G", [1, 2, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients_are_those_of_a_dense_mask(
-    layout: str, G: int, P: int, scores: int, monkeypatch: pytest.MonkeyPatch
+    layout: str, G: int, P: int, scores: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batched, "SCORES", scores)  # all at once, and in many pieces
+    monkeypatch.setattr(batched, "QUERIES", queries)
     batched.plan.cache_clear()
     segments = LAYOUTS[layout]
     inputs = operands(segments[-1].stop, G, P, torch.float64)
@@ -64,11 +65,14 @@ def test_values_and_gradients_are_those_of_a_dense_mask(
 
 
 def test_every_token_is_a_query_once_and_like_lengths_are_together() -> None:
-    segments = tuple(behind((0, 0), 50, 10, 48, 9, 50))
+    batched.plan.cache_clear()
+    segments = tuple(behind((0, 0), 50, 10, 48, 9, 50, 300))
     batches = batched.plan(segments, 1, 1, 0)
-    assert [batch.sizes for batch in batches] == [(3, 1, 50, 0), (2, 1, 10, 0)]
+    sizes = [(*batch.queries.shape, batch.keys.shape[1]) for batch in batches]
+    wanted = [(1, 1, 128, 128), (3, 1, 50, 50), (2, 1, 10, 10), (1, 1, 128, 256), (1, 1, 44, 300)]
+    assert sizes == wanted
     rows = torch.cat([batch.queries.flatten() for batch in batches])
-    assert sorted(rows[rows < 167].tolist()) == list(range(167))
+    assert sorted(rows[rows < 467].tolist()) == list(range(467))
 
 
 def test_it_is_taken_in_bfloat16_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +89,4 @@ def test_it_is_taken_in_bfloat16_on_the_cpu_alone(monkeypatch: pytest.MonkeyPatc
         packed_attention(q, k, v, segments, 0.3, dropout=0.5)
         with batched.one_by_one():
             packed_attention(q, k, v, segments, 0.3)
-        long = (Segment(0, batched.LONGEST + 1),)
-        packed_attention(*operands(long[0].stop, 2, 0, dtype)[:3], long, 0.3)
     assert seen == [torch.bfloat16]
