@@ -169,7 +169,7 @@ class _Batched(torch.autograd.Function):
 
 def _padded(t: Tensor, G: int) -> Tensor:
     """(1, H, T, D) with a row of zeros behind each head, as (G, H / G * (T + 1), D)."""
-    return F.pad(t, (0, 0, 0, 1)).view(G, -1, t.shape[-1])
+    return F.pad(t, (0, 0, 0, 1)).reshape(G, -1, t.shape[-1])
 
 
 def _taken(padded: list[Tensor], batch: Batch) -> Iterator[Tensor]:
@@ -188,7 +188,7 @@ def _weights(Q: Tensor, K: Tensor, batch: Batch) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=32)
 def _unseen(L: int, K: int, dtype: torch.dtype) -> Tensor:
     """(L, K): -inf for the keys behind each query; the last query sees all."""
     return torch.full((L, K), float("-inf"), dtype=dtype).triu(K - L + 1)
