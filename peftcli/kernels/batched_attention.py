@@ -2,10 +2,10 @@
 
 There torch's own kernel has a slow backward pass. Here segments behind the same prefix and of
 similar lengths are padded to the longest and computed together, a block of queries at a time, whose
-scores stay in the cache; the weights are made again for the backward pass. Forward and backward
-take 0.3 of the time for 8 segments of log-normal lengths around 94, 0.6 for 4 of 256 tokens and for
-one of 1,024, 0.5 for one of 2,048 (9 heads over 3 groups of width 64, AVX512-BF16, two cores,
-2026-11).
+scores stay in the cache; the weights of long ones are made again for the backward pass. Forward and
+backward take 0.3 of the time for 8 segments of log-normal lengths around 94, 0.6 for 4 of 256
+tokens and for one of 1,024, 0.5 for one of 2,048 (9 heads over 3 groups of width 64, AVX512-BF16,
+two cores, 2026-11).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 QUERIES = 128  # of a segment at a time, so that few keys are multiplied that no query sees
 ALIKE = 0.75  # of the longest of a batch, at least, is each of its segments
 SCORES = 2**20  # of a batch, at most
+KEPT = 256  # keys of a query, at most, whose weights are kept for the backward pass
 
 _is_off = False
 
@@ -49,6 +50,11 @@ class Batch(NamedTuple):
     keys: Tensor
     S: int
     prefix: tuple[int, int]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the backward pass finds the weights, which are less than what it finds else."""
+        return self.keys.shape[1] <= KEPT
 
 
 @contextmanager
@@ -121,15 +127,18 @@ class _Batched(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, batches: tuple[Batch, ...], scale: float
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.batches, ctx.scale = batches, scale
         (_, H, T, D), G = q.shape, k.shape[1]
         padded = [_padded(t, G) for t in (q * scale, k, v)]
         out = q.new_empty(G, H // G * (T + 1), D)
+        kept = []
         for batch in batches:
             Q, K, V = _taken(padded, batch)
-            y = torch.bmm(_weights(Q, K, batch), V)
-            out.index_copy_(1, batch.queries.flatten(), y.view(G, -1, D))
+            A = _weights(Q, K, batch)
+            out.index_copy_(1, batch.queries.flatten(), torch.bmm(A, V).view(G, -1, D))
+            if batch.is_kept:
+                kept.append(A)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.batches, ctx.scale = batches, scale
         return out.view(1, H, T + 1, D)[:, :, :T]
 
     @staticmethod
@@ -137,7 +146,8 @@ class _Batched(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
+        weights = iter(kept)
         (_, H, T, D), (_, G, N, _) = q.shape, k.shape
         padded = [_padded(t, G) for t in (q * ctx.scale, k, v)]
         dy_padded = _padded(dy, G)
@@ -148,7 +158,7 @@ class _Batched(torch.autograd.Function):
             n, S = len(batch.keys), batch.S
             Q, K, V = _taken(padded, batch)
             dY = dy_padded.index_select(1, batch.queries.flatten()).view(Q.shape)
-            A = _weights(Q, K, batch)
+            A = next(weights) if batch.is_kept else _weights(Q, K, batch)
             dA = torch.bmm(dY, V.transpose(1, 2))
             dS = torch.ops.aten._softmax_backward_data(dA, A, -1, A.dtype)
             dq.index_copy_(1, batch.queries.flatten(), torch.bmm(dS, K).view(G, -1, D))

@@ -40,15 +40,24 @@ def operands(T: int, G: int, P: int, dtype: torch.dtype) -> list[Tensor]:
     return [t.requires_grad_() for t in made]
 
 
-@pytest.mark.parametrize(("scores", "queries"), [(2**20, 128), (300, 128), (2**20, 4), (300, 7)])
+@pytest.mark.parametrize(
+    ("scores", "queries", "kept"), [(2**20, 128, 256), (300, 128, 0), (2**20, 4, 12), (300, 7, 0)]
+)
 @pytest.mark.parametrize("P", [0, 3])
 @pytest.mark.parametrize("G", [1, 2, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_values_and_gradients_are_those_of_a_dense_mask(
-    layout: str, G: int, P: int, scores: int, queries: int, monkeypatch: pytest.MonkeyPatch
+    layout: str,
+    G: int,
+    P: int,
+    scores: int,
+    queries: int,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(batched, "SCORES", scores)  # all at once, and in many pieces
     monkeypatch.setattr(batched, "QUERIES", queries)
+    monkeypatch.setattr(batched, "KEPT", kept)
     batched.plan.cache_clear()
     segments = LAYOUTS[layout]
     inputs = operands(segments[-1].stop, G, P, torch.float64)
