@@ -153,7 +153,8 @@ def _cell(members: Sequence[RunRecord], plan: Plan, tuned: Sequence[str]) -> Cel
 def _best(tries: Sequence[list[RunRecord]], plan: Plan) -> list[RunRecord]:
     """The combination of values with the best mean over the seeds that choose: the tuning seeds
     where a cell has any, else all. Only those compete that have all these seeds and none failed;
-    where that is none, those with the most seeds.
+    where that is none, those with the most seeds. Among equals the first that is reported, which a
+    search has chosen.
     """
     tuning = any(plan.tunes(run) for runs in tries for run in runs)
 
@@ -166,6 +167,7 @@ def _best(tries: Sequence[list[RunRecord]], plan: Plan) -> list[RunRecord]:
     if most == 0:
         return tries[0]
     competing = [(aggregate(found, "mean"), runs) for runs, found in scored if len(found) == most]
+    competing.sort(key=lambda one: not any(map(plan.reports, one[1])))
     best = competing[0]
     for one in competing[1:]:
         best = one if is_better(plan.metric, one[0], best[0]) else best

@@ -176,6 +176,17 @@ def test_tuning_seeds_choose_and_are_not_reported(write_run: WriteRun, tmp_path:
         table(tmp_path / "runs", tuning_seeds=(100, 0), test_seeds=(0,))
 
 
+def test_among_equals_the_value_that_a_search_has_reported_is_the_best(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    for lr in (1e-3, 1e-2):
+        write_run(f"runs/tuning{lr}", 0.8, seed=100, **{LR: lr})
+    write_run("runs/test", 0.7, seed=0, **{LR: 1e-2})
+    found = table(tmp_path / "runs", tuning_seeds=(100,))
+    assert cell(found, "lora", LR).value == 1e-2
+    assert cell(found, "lora", "accuracy").value == pytest.approx(0.7)
+
+
 def test_a_loss_is_better_when_lower(write_run: WriteRun, tmp_path: Path) -> None:
     for lr, value in ((1e-3, 0.8), (1e-2, 0.95)):
         write_run(f"runs/{lr}", value, **{LR: lr})
