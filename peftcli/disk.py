@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside its place and rename it: readers see the old or the new one, whole."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
