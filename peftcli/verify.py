@@ -57,13 +57,10 @@ class Watch(LiveScreen):
         super().__init__()
         self.losses: dict[int, float] = {}
         self.examples: list[tuple[int, tuple[str, ...]]] = []  # of each micro-batch: step, ids
-        self.begun: list[tuple[str, ...]] = []  # the same of a step that may yet be stopped
 
     def step(self, done: int, total: int, record: dict[str, Any]) -> None:
-        """Keep the loss, and what the step was computed from."""
+        """Keep the loss."""
         self.losses[done] = record["loss"]
-        self.examples += [(done, ids) for ids in self.begun]
-        self.begun.clear()
 
 
 @dataclass
@@ -106,14 +103,14 @@ class Course:
                 loop.fit()
             except Stopped:
                 assert loop.progress.step == stop
-                self.watch.begun.clear()
 
     def _signal_in_step(self, loop: Loop, stop: int) -> None:
         """Have SIGTERM come in the middle of the step that ends at `stop`."""
         plain = loop.collate
 
         def collate(examples: Sequence[Example]) -> Batch:
-            self.watch.begun.append(tuple(str(e["id"]) for e in examples))
+            ids = tuple(str(e["id"]) for e in examples)
+            self.watch.examples.append((loop.progress.step + 1, ids))
             if loop.progress.step == stop - 1 and loop.stopper.received is None:
                 os.kill(os.getpid(), signal.SIGTERM)
             return plain(examples)

@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Targets of the loss."""
+        """Targets of the loss; `num_targets` counts them before examples are batched."""
         return len(self.targets) if self.counted is None else int(self.counted.sum())
 
     def to(self, device: torch.device) -> Batch:
@@ -184,6 +184,16 @@ def packed_row(
         _counted(branches, counts),
         choices,
     )
+
+
+def num_targets(example: Example, scoring: bool = False) -> int:
+    """Targets of the loss in an example, in whichever batch it will be. With `scoring` and choices
+    only its last answer counts, the one that is scored.
+    """
+    if "supervised" not in example:
+        return len(example["labels"]) if "labels" in example else 1
+    is_scored = scoring and example["choices"]
+    return int(example["supervised"][example["prompt_length"] if is_scored else 1 :].sum())
 
 
 def padded_rows(

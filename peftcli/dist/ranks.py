@@ -83,6 +83,7 @@ class Group(Ranks):
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """One flat all-reduce for every 2^25 numbers, in the given order."""
+        self.alive()
         for bucket in _buckets(tensors):
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
             dist.all_reduce(flat)

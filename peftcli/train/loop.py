@@ -1,12 +1,13 @@
 """The loop: the life cycle of `peftcli.core.method`, and the promises about numbers and
 interruptions.
 
-The loss of a step is a mean over all its micro-batches (`objective`). Between two batches a signal
+The loss of a step is a mean over all its micro-batches (`objective`). Between two steps a signal
 may end the run, with a checkpoint that continues bit for bit. Numbers that are not finite never
 reach the weights.
 
-Among several ranks each takes its part of every round of micro-batches and all take the same step;
-rank 0 alone writes. What follows is the same for one process, which is all ranks at once.
+Among several ranks each takes its part of every round of micro-batches and all take the same step:
+they tell each other all of it in one message, with their gradients. Rank 0 alone writes. What
+follows is the same for one process, which is all ranks at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -92,6 +93,7 @@ class Loop:
     head: nn.Linear | None = None  # takes the loss itself: see `objective.loss_sum`
     strategy: Single = field(default_factory=Single)
     progress: Progress = field(default_factory=Progress)
+    asked: float = 0.0  # ranks that had been asked to stop when the last step summed its gradients
 
     def fit(self) -> Progress:
         """Train to the last step, evaluating and saving on the way. Raises `Stopped` after a
@@ -108,6 +110,8 @@ class Loop:
                 self._save_if_due()
                 if self.progress.step >= self.plan.total:
                     return self.progress
+                if self.asked or self.ranks.size == 1:
+                    self.stopper.poll()
                 if epoch != self.progress.step // self.plan.steps_per_epoch:
                     epoch = self.progress.step // self.plan.steps_per_epoch
                     order = self.order(epoch)
@@ -147,24 +151,24 @@ class Loop:
 
     # -- one step ----------------------------------------------------------------------------------
     def step(self, examples: Sequence[Example]) -> float:
-        """One optimizer step on these examples of all ranks; returns its loss. Raises
-        `StopRequested`, before anything has changed, after a signal to any of them.
-        """
+        """One optimizer step on these examples of all ranks; returns its loss."""
         start = time.perf_counter()
         t = Step(
             self.progress.step, self.plan.total, self.progress.step / self.plan.steps_per_epoch
         )
         if self.ranks.rank:  # rank 0 goes on in the stream that is in its checkpoints
             streams.seed_all(self.seed, f"dropout/{self.ranks.rank}/{t.index}")
-        is_asked = self.stopper.received is not None
         shares = self.shares(examples)
-        mine = [share.batch for share in shares if share.counts]
-        totals = self._agree(mine, is_asked)
+        totals = objective.Totals.ahead(examples, self.settings.loss)
         self.method.before_step(self.host, t)
         loss = self.forward_backward(shares, totals)
         penalty = self._penalise()
         broken = len(finite.not_finite(optim.state_tensors(self.optimizer)))
-        loss, broken = self.strategy.reduce(self.host, loss, broken)
+        tokens = sum(share.batch.num_tokens for share in shares if share.counts)
+        is_asked = self.stopper.received is not None
+        loss, broken, tokens, self.asked = self.strategy.reduce(
+            self.host, loss, broken, tokens, is_asked
+        )
         self.method.after_backward(self.host, t)
         norm = self.strategy.clip(self.host, self.settings.max_grad_norm)
         lr = float(self.scheduler.get_last_lr()[0])
@@ -180,19 +184,11 @@ class Loop:
         self.method.after_step(self.host, t)
         self._reset_optimizer()
         self.progress.step += 1
-        self.progress.tokens += totals.tokens
+        self.progress.tokens += int(tokens)
         seconds = time.perf_counter() - start
         self.progress.seconds += seconds
-        self._record(totals, loss, penalty, norm, lr, seconds)
+        self._record(totals.targets, int(tokens), loss, penalty, norm, lr, seconds)
         return loss
-
-    def _agree(self, mine: Sequence[Batch], is_asked: bool) -> objective.Totals:
-        """The step's totals over all ranks, in one message with whether one is asked to stop."""
-        own = objective.Totals.of(mine)
-        *summed, asked = self.ranks.totals(*astuple(own), is_asked)
-        if asked:
-            self.stopper.poll()
-        return objective.Totals(*map(int, summed))
 
     def shares(self, examples: Sequence[Example]) -> list[Share]:
         """What this rank computes of a step's examples, round by round."""
@@ -224,7 +220,8 @@ class Loop:
 
     def _record(
         self,
-        totals: objective.Totals,
+        targets: int,
+        tokens: int,
         loss: float,
         penalty: float | None,
         norm: float,
@@ -242,12 +239,12 @@ class Loop:
             **({} if penalty is None else {"penalty": penalty}),
             "grad_norm": norm,
             "lr": lr,
-            "targets": totals.targets,
-            "tokens": totals.tokens,
+            "targets": targets,
+            "tokens": tokens,
         }
         wall = {
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(totals.tokens / seconds, 1),
+            "tokens_per_second": round(tokens / seconds, 1),
             "peak_memory": device.peak_memory(where),
         }
         if step % self.settings.logging_steps == 0 or step == self.plan.total:

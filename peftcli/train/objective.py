@@ -5,15 +5,14 @@ the whole step holds, so that batch 8 x 1 equals 1 x 8.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcli.data.collate import Batch
-from peftcli.dist.ranks import Ranks
+from peftcli.data.collate import Batch, Example, num_targets
 from peftcli.kernels.linear_cross_entropy import linear_cross_entropy
 from peftcli.models.head import answering
 from peftcli.settings import Loss, Task
@@ -23,12 +22,11 @@ LEAST = 0.01  # added to 1 - p in the unlikelihood of T-Few, as in the authors' 
 
 @dataclass(frozen=True)
 class Totals:
-    """Of all micro-batches of a step: what the loss is a mean over, and the tokens."""
+    """Of all examples of a step: what the loss is a mean over."""
 
     targets: int
     wrong: int = 0  # tokens of wrong answer choices
     questions: int = 0  # examples with answer choices
-    tokens: int = 0
 
     @classmethod
     def of(cls, batches: Sequence[Batch]) -> Totals:
@@ -37,12 +35,17 @@ class Totals:
             targets=sum(b.num_targets for b in batches),
             wrong=sum(int(is_wrong(b).sum()) for b in batches if b.choices),
             questions=sum(len(b.choices) for b in batches),
-            tokens=sum(b.num_tokens for b in batches),
         )
 
-    def over(self, ranks: Ranks) -> Totals:
-        """Sums over the batches of all ranks."""
-        return Totals(*map(int, ranks.totals(*astuple(self))))
+    @classmethod
+    def ahead(cls, examples: Sequence[Example], kind: Loss) -> Totals:
+        """The same for examples before any is batched, as other ranks will batch most of them."""
+        asked = [e for e in examples if e.get("choices")] if kind == "tfew" else []
+        return cls(
+            targets=sum(num_targets(e, kind == "tfew") for e in examples),
+            wrong=sum(sum(map(len, e["choices"])) - len(e["choices"][e["answer"]]) for e in asked),
+            questions=len(asked),
+        )
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:

@@ -30,10 +30,11 @@ def compute_longest(loop: Loop) -> None:
     if max(rounds) == lengths[longest].sum():
         return
     held = streams.state()
-    shares = loop.shares([loop.examples[i] for i in longest.tolist()])
-    batches = [share.batch for share in shares if share.counts]
+    examples = [loop.examples[i] for i in longest.tolist()]
+    shares = loop.shares(examples)
+    totals = objective.Totals.ahead(examples, loop.settings.loss)
     loop.method.before_step(loop.host, Step(0, loop.plan.total, 0.0))
-    loop.forward_backward(shares, objective.Totals.of(batches).over(loop.ranks))
+    loop.forward_backward(shares, totals)
     loop.strategy.reduce(loop.host)
     loop.strategy.clip(loop.host, None)  # gradients are with the optimizer now, wherever they were
     loop.optimizer.zero_grad(set_to_none=True)

