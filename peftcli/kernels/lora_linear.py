@@ -3,9 +3,10 @@ saves little.
 
 Beside `x`, which the frozen products' neighbours keep alive anyway, only the activations A x of all
 ranks are saved: the A_i are one product, forward and backward, and every low-rank product is added
-into the frozen one in place. Dropout, of x on its way to each A_i, saves one byte a number. The
-masters A and B may be float32 while the products run in the type
-of `x` (or autocast's): they are cast on the way in, and their gradients leave in float32.
+into the frozen one in place. Dropout, of x on its way to the A_i, is the same for all of them, as in
+the authors' merged linear, and saves one byte a number. The masters A and B may be float32 while
+the products run in the type of `x` (or autocast's): they are cast on the way in, and their
+gradients leave in float32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from peftcli.kernels.choice import is_reference, takes_triton
-from peftcli.kernels.dropout import keep_mask
+from peftcli.kernels.dropout import keep, keep_mask
 from peftcli.kernels.precision import cast, product_dtype
 
 
@@ -40,11 +41,13 @@ def lora_linear_ref(
     A: Tensor,
     B: Tensor,
     scale: float,
-    dropout: float = 0.0,
+    seen: Tensor | None = None,
 ) -> Tensor:
-    """The equation in plain torch. x (..., I), W (O, I), b (O,), A (R, I), B (O, R) -> (..., O)."""
-    x, W, b, A, B = cast(product_dtype(x), x, W, b, A, B)
-    return F.linear(x, W, b) + scale * F.linear(F.linear(F.dropout(x, dropout), A), B)
+    """The equation in plain torch. x (..., I), W (O, I), b (O,), A (R, I), B (O, R) -> (..., O);
+    `seen` (..., I) is drop(x), where A sees that.
+    """
+    x, W, b, A, B, seen = cast(product_dtype(x), x, W, b, A, B, seen)
+    return F.linear(x, W, b) + scale * F.linear(F.linear(x if seen is None else seen, A), B)
 
 
 def lora_linear(
@@ -63,18 +66,19 @@ def lora_linear(
 
 
 def lora_linears(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """The outputs (..., O_i) of all branches for one x (..., I); each drops numbers of its own."""
+    """The outputs (..., O_i) of all branches for one x (..., I), whose dropped numbers they share."""
     if is_reference():
-        return tuple(lora_linear_ref(x, *branch, dropout) for branch in branches)
+        seen = F.dropout(x, dropout) if dropout else None
+        return tuple(lora_linear_ref(x, *branch, seen) for branch in branches)
     dtype = product_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         frozen = [cast(dtype, branch.W, branch.b) for branch in branches]
-        kept = [keep_mask(x.shape, dropout, x.device) for _ in branches if dropout]
+        mask = keep_mask(x.shape, dropout, x.device) if dropout else None
         return _LoRALinears.apply(
             x.to(dtype),
             [branch.scale for branch in branches],
-            kept[0][1] if kept else 1.0,
-            [mask for mask, _ in kept],
+            1 / (1 - dropout),
+            mask,
             *(W for W, _ in frozen),
             *(b for _, b in frozen),
             *(branch.A for branch in branches),
@@ -85,26 +89,21 @@ def lora_linears(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) ->
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scales: list[float], gain: float, masks: list[Tensor], *tensors: Any
+        ctx: Any, x: Tensor, scales: list[float], gain: float, mask: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
         n = len(scales)
         W, b, A, B = (tensors[i * n : i * n + n] for i in range(4))
         x_TI = x.reshape(-1, x.shape[-1])
-        masks = [mask.view(x_TI.shape) for mask in masks]
-        if masks:
-            dropped = [
-                torch.where(mask, x_TI, 0.0) @ A_i.to(x.dtype).T
-                for mask, A_i in zip(masks, A, strict=True)
-            ]
-            h_TR = _side_by_side(dropped).mul_(gain)
-        else:
-            h_TR = x_TI @ _stacked(A, x.dtype).T
+        mask = None if mask is None else mask.view(x_TI.shape)
+        h_TR = _seen(x_TI, mask) @ _stacked(A, x.dtype).T
+        if mask is not None:
+            h_TR.mul_(gain)
         ranks = [len(A_i) for A_i in A]
         outputs = []
         for W_i, b_i, B_i, h_i, s in zip(W, b, B, h_TR.split(ranks, 1), scales, strict=True):
             y_TO = product_plus(x_TI, W_i, b_i, h_i, B_i.to(x.dtype), s)
             outputs.append(y_TO.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(x_TI, h_TR, *masks, *W, *A, *B)
+        ctx.save_for_backward(x_TI, h_TR, mask, *W, *A, *B)
         ctx.scales, ctx.ranks, ctx.shape, ctx.gain = scales, ranks, x.shape, gain
         return tuple(outputs)
 
@@ -113,31 +112,24 @@ class _LoRALinears(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        n, (x_TI, h_TR, *saved) = len(ctx.scales), ctx.saved_tensors
-        masks, saved = saved[: len(saved) - 3 * n], saved[len(saved) - 3 * n :]
+        n, (x_TI, h_TR, mask, *saved) = len(ctx.scales), ctx.saved_tensors
         W, A, B = (saved[i * n : i * n + n] for i in range(3))
         wants_A, wants_B = (ctx.needs_input_grad[4 + i * n :][:n] for i in (2, 3))
         dy = [g.reshape(-1, g.shape[-1]) for g in grad_outputs]
         h = h_TR.split(ctx.ranks, 1)
         thin = [thin_gradients(*t) for t in zip(dy, B, h, ctx.scales, wants_B, strict=True)]
-        u, dB = [u_i for u_i, _ in thin], [dB_i for _, dB_i in thin]
+        u_TR, dB = _side_by_side([u_i for u_i, _ in thin]), [dB_i for _, dB_i in thin]
+        if mask is not None:
+            u_TR = u_TR * ctx.gain
         dx, dA = None, [None] * n
-        if any(wants_A) and masks:
-            dA = [
-                (u_i.T @ torch.where(mask, x_TI, 0.0)).to(A[0].dtype).mul_(ctx.gain)
-                for u_i, mask in zip(u, masks, strict=True)
-            ]
-        elif any(wants_A):
-            dA = (_side_by_side(u).T @ x_TI).to(A[0].dtype).split(ctx.ranks)
+        if any(wants_A):
+            dA = (u_TR.T @ _seen(x_TI, mask)).to(A[0].dtype).split(ctx.ranks)
         if ctx.needs_input_grad[0]:
-            if masks:
-                dx = dy[0] @ W[0]
-                for u_i, A_i, mask in zip(u, A, masks, strict=True):
-                    back = (ctx.gain * u_i) @ A_i.to(u_i.dtype)
-                    dx.add_(torch.where(mask, back, 0.0))
+            A_RI = _stacked(A, x_TI.dtype)
+            if mask is None:
+                dx = product_plus(dy[0], W[0].T, None, u_TR, A_RI.T, 1.0)
             else:
-                A_RI = _stacked(A, x_TI.dtype)
-                dx = product_plus(dy[0], W[0].T, None, _side_by_side(u), A_RI.T, 1.0)
+                dx = (dy[0] @ W[0]).add_(keep(u_TR @ A_RI, mask))
             for g, W_i in zip(dy[1:], W[1:], strict=True):
                 dx.addmm_(g, W_i)
             dx = dx.view(ctx.shape)
@@ -169,6 +161,11 @@ def thin_gradients(
         return u, dB.to(B.dtype)
     u = (dy @ narrow).mul_(scale)
     return u, (dy.T @ h).to(B.dtype).mul_(scale) if wants_B else None
+
+
+def _seen(x: Tensor, mask: Tensor | None) -> Tensor:
+    """What the factors see of x, without the gain."""
+    return x if mask is None else keep(x, mask)
 
 
 def _stacked(A: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

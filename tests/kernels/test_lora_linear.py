@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from peftcli.kernels import choice
 from peftcli.kernels.lora_linear import Branch, lora_linear, lora_linear_ref, lora_linears
 
 SHAPES = [((3,), 5, 7, 1), ((2, 9), 13, 4, 3), ((1, 1, 6), 8, 8, 8), ((17, 3), 1, 5, 2)]
@@ -63,21 +64,22 @@ def test_branches_together_are_the_branches_apart(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_dropout_takes_numbers_of_its_own_from_each_branch(count: int) -> None:
-    """With A = 1, B = 1 and W = 0 the output is the dropped input, and so is the gradient."""
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_dropout_takes_the_same_numbers_from_all_branches(count: int, kernels: str) -> None:
+    """With A = 1 and B = 1 the output is W x and the dropped input, and so is the gradient."""
     x = torch.rand(200, 6, dtype=torch.float64).add_(1).requires_grad_()
-    eye, zero = torch.eye(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64)
-    branches = [Branch(zero, None, eye.clone().requires_grad_(), eye, 1.0) for _ in range(count)]
+    eye, W = torch.eye(6, dtype=torch.float64), torch.randn(6, 6, dtype=torch.float64)
+    branches = [Branch(W, None, eye.clone().requires_grad_(), eye, 1.0) for _ in range(count)]
     torch.manual_seed(0)
-    ys = lora_linears(x, branches, 0.25)
-    kept = [y.detach() != 0 for y in ys]
-    for y, keep in zip(ys, kept, strict=True):
-        assert keep.double().mean().item() == pytest.approx(0.75, abs=0.04)
-        torch.testing.assert_close(y, x / 0.75 * keep)
-    assert count == 1 or not torch.equal(*kept)
+    with choice.using(kernels, torch.device("cpu")):
+        ys = [y - x @ W.T for y in lora_linears(x, branches, 0.25)]
+    kept = ys[0].detach().abs() > 0.5
+    assert kept.double().mean().item() == pytest.approx(0.75, abs=0.04)
+    for y in ys:
+        torch.testing.assert_close(y, x / 0.75 * kept)
     inputs = [x, *(branch.A for branch in branches)]
     dx, *dA = torch.autograd.grad(sum(y.sum() for y in ys), inputs)
-    torch.testing.assert_close(dx, sum(keep.double() for keep in kept) / 0.75)
+    torch.testing.assert_close(dx, count * kept.double() / 0.75)
     for gradient, y in zip(dA, ys, strict=True):
         torch.testing.assert_close(gradient, y.detach().sum(0).expand(6, 6))
 
