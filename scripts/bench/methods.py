@@ -199,12 +199,14 @@ def make_hf_step(method: str, family: str, args: argparse.Namespace) -> Step:
     rows = [plain.data.train[i] for i in range(size * trainer.gradient_accumulation_steps)]
     batches = [collate(rows[i : i + size]).to(plain.device) for i in range(0, len(rows), size)]
     totals = objective.Totals.of(batches)
+    has_plain_head = plain.autocast is not None and plain.task != "causal_lm"  # in float32
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         for batch in batches:
-            part = objective.loss(plain.task, "cross_entropy", model, batch, totals, None)
+            with torch.autocast(plain.device.type, plain.autocast, enabled=has_plain_head):
+                part = objective.loss(plain.task, "cross_entropy", model, batch, totals, None)
             part.backward()
             loss += part.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
