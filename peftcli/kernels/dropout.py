@@ -1,5 +1,5 @@
-"""Dropout on the CPU from one random byte a number, by a mask whose bytes are all ones or all zeros,
-so that keeping is a bitwise and at the speed of the memory.
+"""Dropout on the CPU from one random byte a number, by a mask whose bytes are all ones or all
+zeros, so that keeping is a bitwise and at the speed of the memory.
 
 A byte knows 256 levels only. Of the two next to p each row draws the one that it drops by, such
 that every number is dropped with a probability of p on the whole. For 1024 x 1536 numbers in

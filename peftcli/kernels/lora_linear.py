@@ -3,8 +3,8 @@ saves little.
 
 Beside `x`, which the frozen products' neighbours keep alive anyway, only the activations A x of all
 ranks are saved: the A_i are one product, forward and backward, and every low-rank product is added
-into the frozen one in place. Dropout, of x on its way to the A_i, is the same for all of them, as in
-the authors' merged linear, and saves one byte a number. The masters A and B may be float32 while
+into the frozen one in place. Dropout, of x on its way to the A_i, is the same for all of them, as
+in the authors' merged linear, and saves one byte a number. The masters A and B may be float32 while
 the products run in the type of `x` (or autocast's): they are cast on the way in, and their
 gradients leave in float32.
 """
@@ -66,7 +66,7 @@ def lora_linear(
 
 
 def lora_linears(x: Tensor, branches: Sequence[Branch], dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """The outputs (..., O_i) of all branches for one x (..., I), whose dropped numbers they share."""
+    """The outputs (..., O_i) of all branches for one x (..., I), of which all drop the same."""
     if is_reference():
         seen = F.dropout(x, dropout) if dropout else None
         return tuple(lora_linear_ref(x, *branch, seen) for branch in branches)

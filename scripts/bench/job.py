@@ -4,8 +4,9 @@
 
 Both start a process, load SmolLM2, put LoRA on all linears, evaluate on 500 held-out reviews, train
 on the same examples (16 a step), evaluate again and save the adapter. The peer is what one writes
-with Hugging Face peft and transformers' Trainer; it is handed the token ids of chats and need not
-tokenise, and its accuracy is that of the most likely token of each target. They take turns.
+with Hugging Face peft and transformers' Trainer in the same precision; it is handed the token ids
+of chats and need not tokenise, and its accuracy is that of the most likely token of each target.
+They take turns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lora_step import where
+from lora_step import base_dtype, where
 from startup import PROGRAM, prepared, seconds
 
 JOB = ["+recipe=lora_llama", "trainer.save_steps=null"]
@@ -64,7 +65,7 @@ def by_trainer(path: Path) -> None:
     given = json.loads(path.read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(given["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype=base_dtype())
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(model, config),
@@ -82,6 +83,7 @@ def by_trainer(path: Path) -> None:
             logging_steps=10,
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
+            bf16=base_dtype() == torch.bfloat16,
             seed=0,
         ),
         train_dataset=Dataset.from_list(given["train"]),

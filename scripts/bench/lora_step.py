@@ -87,6 +87,15 @@ def where() -> str:
     return f"{_processor()}; {device.describe(device.pick())}; {versions}"
 
 
+def base_dtype() -> Any:
+    """What a run's base is stored in here, and its peer's: bfloat16 where that is fast."""
+    import torch
+
+    from peftcli.train import device
+
+    return torch.bfloat16 if device.multiplies_bf16(device.pick()) else torch.float32
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lora_step import where
+from lora_step import base_dtype, where
 
 PROGRAM = str(Path(sys.executable).with_name("peft-train"))
 COMMANDS = (["--help"], ["methods"], ["+recipe=lora_llama", "--cfg", "job"])
@@ -97,7 +97,7 @@ def plain(path: Path) -> None:
     given = json.loads(path.read_text())
     tokenizer: Any = AutoTokenizer.from_pretrained(given["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(given["model"], dtype=base_dtype())
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
