@@ -27,17 +27,14 @@ def keep_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """What is kept, for `keep`."""
     if device.type == "cuda":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
-    return _drawn(math.prod(shape[:-1]), shape[-1], p).view(shape)
+    seed = torch.randint(2**62, ())  # of torch's generator, which a compiler keeps in order
+    return _drawn(seed, math.prod(shape[:-1]), shape[-1], p).view(shape)
 
 
-@torch.library.custom_op(
-    "peftcli::keep_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
-def _drawn(rows: int, columns: int, p: float) -> Tensor:
-    """(rows, columns) int8, -1 where a number is kept and else 0, by SFC64 with a seed from torch's
-    generator of the CPU.
-    """
-    draw = np.random.Generator(np.random.SFC64(int(torch.randint(2**62, ()))))
+@torch.library.custom_op("peftcli::keep_mask", mutates_args=())
+def _drawn(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """(rows, columns) int8, -1 where a number is kept and else 0, by SFC64."""
+    draw = np.random.Generator(np.random.SFC64(int(seed)))
     ends, size = np.iinfo(np.int64), rows * columns
     words = draw.integers(ends.min, ends.max, -(-size // 8), np.int64, endpoint=True)
     drawn = torch.from_numpy(words.view(np.int8)[:size]).view(rows, columns).to(torch.int16)
@@ -47,7 +44,7 @@ def _drawn(rows: int, columns: int, p: float) -> Tensor:
 
 
 @_drawn.register_fake
-def _(rows: int, columns: int, p: float) -> Tensor:
+def _(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     return torch.empty(rows, columns, dtype=torch.int8)
 
 

@@ -70,6 +70,19 @@ def test_outputs_and_gradients_are_masked_and_scaled_alike(shape: tuple[int, ...
     torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], dy * kept * gain)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_draws_are_those_of_plain_code_and_not_one_for_all() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([dropout(x, 0.5), dropout(x, 0.5)])
+
+    x, drawn = torch.ones(40, 50), []
+    for call in (twice, torch.compile(twice, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        drawn.append(call(x))
+    assert torch.equal(*drawn)
+    assert not torch.equal(*drawn[1])
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings break it when they are errors
 def test_compilation_sees_through_it() -> None:
     x = torch.ones(300, requires_grad=True)
