@@ -51,7 +51,7 @@ class Batch:
 
     @property
     def num_targets(self) -> int:
-        """Targets of the loss; `num_targets` counts them before examples are batched."""
+        """Targets of the loss."""
         return len(self.targets) if self.counted is None else int(self.counted.sum())
 
     def to(self, device: torch.device) -> Batch:

@@ -25,7 +25,7 @@ SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of 
 
 def keep_mask(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """What is kept, for `keep`."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
     seed = torch.randint(2**62, ())  # of torch's generator, which a compiler keeps in order
     return _drawn(seed, math.prod(shape[:-1]), shape[-1], p).view(shape)
@@ -58,7 +58,7 @@ def keep(x: Tensor, mask: Tensor) -> Tensor:
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """x with numbers set to 0 with probability p, and the others divided by 1 - p."""
-    if not p or x.is_cuda or is_reference():
+    if not p or not x.is_cpu or is_reference():
         return F.dropout(x, p)
     mask = keep_mask(x.shape, p, x.device)
     return _Dropout.apply(x, mask, 1 / (1 - p))  # pyright: ignore[reportReturnType]
