@@ -23,7 +23,7 @@ from peftcli.dist import environment, strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
-from peftcli.models import attention, compiled, inputs, load, tasks
+from peftcli.models import attention, compiled, inputs, liger, load, tasks
 from peftcli.models.head import direct_head
 from peftcli.models.positions import refuse_long_rows
 from peftcli.models.source import Source, cache_dir, resolve
@@ -53,6 +53,7 @@ class Parts:
     strategy: Single = field(default_factory=Single)
     cost: Estimate | None = None  # once the training is planned
     bits: str = "none"  # how linears of the base are quantised: by the run, or in its files
+    liger: list[str] = field(default_factory=list)  # what of the base runs in Liger's kernels
 
     @property
     def model(self) -> nn.Module:
@@ -109,6 +110,8 @@ def build(
             dequantised=dequantised,
             cloze=run.method.fills_mask,
         )
+    # compiled blocks are fused by the compiler
+    fused_by = [] if run.trainer.compile else liger.use_liger(loaded.model, where)
     placed = torch.device("cpu") if sharding else where
     host = Host(cast(nn.Module, loaded.model).to(placed), loaded.new_modules)
     if run.trainer.gradient_checkpointing:
@@ -130,6 +133,7 @@ def build(
         why_not,
         head,
         bits=bits,
+        liger=fused_by,
     )
 
 

@@ -154,6 +154,7 @@ def _model(parts: Parts, trained: int, total: int) -> dict[str, Any]:
         "stored in": _storage(parts),
         "device": device.describe(parts.device),
         "products in": str(parts.dtype).removeprefix("torch."),
+        **({"in Liger's kernels": ", ".join(parts.liger)} if parts.liger else {}),
     }
 
 

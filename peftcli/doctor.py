@@ -35,6 +35,7 @@ OPTIONAL = {
     "bitsandbytes": "4- and 8-bit weights, 8-bit optimizers",
     "deepspeed": "strategy=deepspeed with strategy.zero_stage=3",
     "triton": "kernels on a GPU",
+    "liger-kernel": "norms, rotation and gates of the base on a GPU",
     "tensorboard": "logger=tensorboard",
     "wandb": "logger=wandb",
 }

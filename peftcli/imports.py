@@ -10,6 +10,7 @@ from types import ModuleType
 # package: what it is imported as if without
 WITHOUT = {
     "bitsandbytes": "kernels",  # fetches a product from a hub, for packed weights nobody has here
+    "liger_kernel": "peft",  # to look for wrapped models, which do not come to it here
     "peft": "kernels",  # imports bitsandbytes where that is installed
     "sklearn": "pandas",  # brings pyarrow, and pyarrow a thread, after which no process can fork
 }

@@ -67,6 +67,7 @@ def make_result(
             "task": parts.task,
             "packing": parts.packing,
             "dtype": str(parts.dtype).removeprefix("torch."),
+            "liger": parts.liger,
             "sites": {s.name: s.role for sites in parts.host.sites.values() for s in sites},
             "matched": parts.host.matched["default"],
             "state_before_sha256": first_hash,

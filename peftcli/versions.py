@@ -15,6 +15,8 @@ PACKAGES = (
     "tokenizers",
     "hydra-core",
     "bitsandbytes",
+    "triton",
+    "liger-kernel",
     "optuna",
     "scikit-learn",
 )

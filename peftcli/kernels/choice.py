@@ -62,17 +62,27 @@ def is_reference() -> bool:
     return _chosen == "reference"
 
 
+def is_required() -> bool:
+    """Whether GPU kernels must run, or nothing."""
+    return _chosen == "require"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether GPU kernels can run on the device."""
+    return _missing(device) is None
+
+
 def takes_triton(operation: str, *operands: Tensor, side: int = 0) -> bool:
     """Whether the operation runs as its GPU kernel on the operands, of which a tile must hold a
     `side`. Raises `ConfigError` under `require` where it does not.
     """
-    if _chosen == "reference":
+    if is_reference():
         return False
     dtype, fits = operands[0].dtype, side <= WIDEST
     fits = fits and dtype in DTYPES and all(t.dtype == dtype for t in operands)
-    if fits and not _missing(operands[0].device):
+    if fits and has_kernels(operands[0].device):
         return True
-    if _chosen == "require":
+    if is_required():
         kinds = ", ".join(sorted({str(t.dtype) for t in operands}))
         raise ConfigError(
             f"trainer.kernels=require: {operation} has no GPU kernel for {kinds} on "

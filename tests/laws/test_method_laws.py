@@ -65,13 +65,18 @@ def add(host: Host, method: str, model: str) -> None:
 
 
 def adapted(
-    method: str, model: str, disturb: bool = True, new_modules: Sequence[str] = (), seed: int = 7
+    method: str,
+    model: str,
+    disturb: bool = True,
+    new_modules: Sequence[str] = (),
+    seed: int = 7,
+    base: nn.Module | None = None,
 ) -> Host:
-    """A tiny model under the method; `disturb` moves the deltas off their start, so that they can
-    be seen. Where the method does not apply the law has no more to say.
+    """A tiny model under the method, or `base`, which is one; `disturb` moves the deltas off their
+    start, so that they can be seen. Where the method does not apply the law has no more to say.
     """
     torch.manual_seed(seed)
-    host = Host(tiny.models()[model](), new_modules)
+    host = Host(base or tiny.models()[model](), new_modules)
     try:
         add(host, method, model)
     except NotApplicable as refusal:
