@@ -29,26 +29,21 @@ class Siblings:
     def __init__(self, members: Sequence[Member], compute: Compute) -> None:
         self.members, self.compute = tuple(members), compute
         self.x: Tensor | None = None
-        self.waiting: dict[int, Tensor] = {}  # outputs by the id of the delta
+        self.waiting: dict[int, Tensor] = {}  # outputs by their places
         self.are_apart = False
 
-    def output(self, x: Tensor, delta: Delta) -> Tensor | None:
-        """The output of the delta's linear for `x`; None where it must be computed alone."""
-        if torch.compiler.is_compiling():
-            return None
-        if self.waiting and (x is not self.x or id(delta) not in self.waiting):
+    def output(self, x: Tensor, place: int) -> Tensor | None:
+        """The output of the member at `place` for `x`; None where it must be computed alone."""
+        if self.waiting and (x is not self.x or place not in self.waiting):
             self.waiting, self.x, self.are_apart = {}, None, True
         if self.are_apart:
             return None
         if not self.waiting:
             if not all(_is_alone(module, member) for module, member in self.members):
                 return None
-            outputs = self.compute(x, self.members)
-            self.waiting = {
-                id(member): y for (_, member), y in zip(self.members, outputs, strict=True)
-            }
+            self.waiting = dict(enumerate(self.compute(x, self.members)))
             self.x = x
-        y = self.waiting.pop(id(delta))
+        y = self.waiting.pop(place)
         if not self.waiting:
             self.x = None
         return y

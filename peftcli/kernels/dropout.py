@@ -49,9 +49,11 @@ def _(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
 
 
 def keep(x: Tensor, mask: Tensor) -> Tensor:
-    """x where it is kept, else 0; also of what is not finite."""
+    """x where it is kept, else 0."""
     if mask.dtype == torch.bool:
         return torch.where(mask, x, 0.0)
+    if torch.compiler.is_compiling():  # which makes slow code of views as integers
+        return x * -mask
     whole = SAME_SIZE[x.element_size()]
     return (x.view(whole) & mask.to(whole)).view(x.dtype)
 

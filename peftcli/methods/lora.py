@@ -66,6 +66,7 @@ class LoRADelta(WeightDelta):
             torch.zeros(site.d_out, r // site.groups)
         )  # (O, R/groups), zero so dW = 0 at start
         self.siblings: Siblings | None = None  # of linears that read the same input
+        self.place = 0  # among them
         self.register_buffer("A0", None)  # (R, I), where the start is a part of W
         self.register_buffer("B0", None)  # (O, R)
 
@@ -94,7 +95,7 @@ class LoRADelta(WeightDelta):
         """W x + b + s B A drop(x); dropout acts on the branch alone, while training."""
         A, B = self.factors()
         if layer.is_plain:
-            if self.siblings and (y := self.siblings.output(x, self)) is not None:
+            if self.siblings and (y := self.siblings.output(x, self.place)) is not None:
                 return y
             p = self.dropout if self.training else 0.0
             return lora_linear(x, layer.weight, layer.bias, A, B, self.scale, p)
@@ -186,8 +187,8 @@ class LoRA(LowRank):
         for family in families(site for site in sites if site.name in deltas):
             members = [(site.module, deltas[site.name]) for site in family]
             siblings = Siblings(members, together)
-            for _, delta in members:
-                delta.siblings = siblings
+            for place, (_, delta) in enumerate(members):
+                delta.siblings, delta.place = siblings, place
         if self.bias != "none":
             biases = self.biases(host, host.building)
             host.matched[host.building]["biases"] = len(biases)

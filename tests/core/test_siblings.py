@@ -47,9 +47,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[Siblings]:
     seen: list[Siblings] = []
     output = Siblings.output
 
-    def watched(self: Siblings, x: Tensor, delta: LoRADelta) -> Tensor | None:
+    def watched(self: Siblings, x: Tensor, place: int) -> Tensor | None:
         is_first = not self.waiting
-        y = output(self, x, delta)
+        y = output(self, x, place)
         if is_first and y is not None:
             seen.append(self)
         return y

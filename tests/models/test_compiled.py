@@ -57,3 +57,22 @@ def test_packed_rows_of_every_layout_share_what_was_compiled() -> None:
     with torch.no_grad(), uncompiled():
         host.model.eval()(input_ids=torch.ones(2, 7, dtype=torch.long))
     assert counters["stats"]["unique_graphs"] == made[-1]
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own warnings break it when they are errors
+def test_dropout_draws_alike_where_blocks_are_compiled() -> None:
+    host = Host(tiny.llama())
+    host.add(LoRA(r=4, target_modules="all-linear", dropout=0.5))
+    with torch.no_grad():
+        for p in host.trained().values():
+            p.normal_(std=0.1)
+    use_packed_attention(host.model)
+    host.model.train()
+    batch = packed(9, 14)
+    torch.manual_seed(3)
+    plain = gradients(host, batch)
+    torch._dynamo.reset()
+    compile_blocks(host.model, host.layout, backend="aot_eager")
+    torch.manual_seed(3)
+    for name, grad in gradients(host, batch).items():
+        torch.testing.assert_close(grad, plain[name], atol=1e-5, rtol=1e-4)
