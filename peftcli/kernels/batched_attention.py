@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.precision import cast, own_dtype, product_dtype
+
 QUERIES = 128  # of a segment at a time, so that few keys are multiplied that no query sees
 ALIKE = 0.75  # of the longest of a batch, at least, is each of its segments
 SCORES = 2**20  # of a batch, at most
@@ -70,7 +72,7 @@ def one_by_one() -> Iterator[None]:
 
 def is_batched(q: Tensor, dropout: float) -> bool:
     """Whether this is the faster form for q (1, H, T, D)."""
-    return q.is_cpu and q.dtype == torch.bfloat16 and not dropout and not _is_off
+    return q.is_cpu and product_dtype(q) == torch.bfloat16 and not dropout and not _is_off
 
 
 def batched_attention(
@@ -86,7 +88,9 @@ def batched_attention(
         k, v = (torch.cat(t, 2) for t in zip(before, (k, v), strict=True))
     P = k.shape[2] - q.shape[2]
     batches = plan(tuple(segments), q.shape[1] // k.shape[1], k.shape[1], P)
-    return _Batched.apply(q, k, v, batches, scale)
+    q, k, v = cast(product_dtype(q), q, k, v)
+    with own_dtype(q):
+        return _Batched.apply(q, k, v, batches, scale)
 
 
 @lru_cache(maxsize=64)

