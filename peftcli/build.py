@@ -23,7 +23,7 @@ from peftcli.dist import environment, strategies
 from peftcli.dist.strategies import Single
 from peftcli.errors import ConfigError
 from peftcli.kernels import choice
-from peftcli.models import attention, compiled, inputs, liger, load, tasks
+from peftcli.models import attention, compiled, dropout, inputs, liger, load, tasks
 from peftcli.models.head import direct_head
 from peftcli.models.positions import refuse_long_rows
 from peftcli.models.source import Source, cache_dir, resolve
@@ -110,6 +110,9 @@ def build(
             dequantised=dequantised,
             cloze=run.method.fills_mask,
         )
+    if where.type == "cpu":
+        attention.use_packed_attention(loaded.model)
+        dropout.use_masks(loaded.model)
     # compiled blocks are fused by the compiler
     fused_by = [] if run.trainer.compile else liger.use_liger(loaded.model, where)
     placed = torch.device("cpu") if sharding else where
@@ -117,7 +120,9 @@ def build(
     if run.trainer.gradient_checkpointing:
         host.recompute_activations()
     packing, why_not = _choose_packing(run, task, host.model)
+    # with tokens laid before a row, what comes to the head is the row's own where it is chosen
     fused = task in ("causal_lm", "seq2seq") and not run.method.lays_tokens
+    fused = fused or (task == "causal_lm" and _keeps(host.model))
     head = direct_head(host.model) if fused else None
     return Parts(
         run,
@@ -247,7 +252,6 @@ def training_collator(parts: Parts) -> Collator:
 def collator(parts: Parts, scoring: bool = False) -> Collator:
     """How the task's examples become batches; `scoring` for evaluation with answer choices."""
     config = parts.model.config
-    forward = inspect.signature(parts.model.forward).parameters
     pad = getattr(parts.tokenizer, "pad_token_id", None) or 0
     start = getattr(config, "decoder_start_token_id", None)
     pixels = None
@@ -258,10 +262,15 @@ def collator(parts: Parts, scoring: bool = False) -> Collator:
         pad=pad,
         packing=parts.packing,
         scoring=scoring,
-        keeps="logits_to_keep" in forward,
+        keeps=_keeps(parts.model),
         start=pad if start is None else start,
         pixels=pixels,
     )
+
+
+def _keeps(model: nn.Module) -> bool:
+    """Whether the model gives logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def evaluator(

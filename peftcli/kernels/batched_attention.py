@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from peftcli.kernels.dense_attention import KEPT, QUERIES, unseen
 from peftcli.kernels.precision import cast, own_dtype, product_dtype
 
-QUERIES = 128  # of a segment at a time, so that few keys are multiplied that no query sees
 ALIKE = 0.75  # of the longest of a batch, at least, is each of its segments
 SCORES = 2**20  # of a batch, at most
-KEPT = 256  # keys of a query, at most, whose weights are kept for the backward pass
 
 _is_off = False
 
@@ -198,11 +197,5 @@ def _weights(Q: Tensor, K: Tensor, batch: Batch) -> Tensor:
     """softmax(Q K^T) under the batch's mask, (G n, r L, S + K)."""
     scores = torch.bmm(Q, K.transpose(1, 2))
     shape = (*batch.queries.shape[1:], batch.keys.shape[1])
-    scores.view(-1, *shape).add_(_unseen(*shape[1:], Q.dtype))
+    scores.view(-1, *shape).add_(unseen(*shape[1:], Q.dtype))
     return torch.softmax(scores, -1)
-
-
-@lru_cache(maxsize=32)
-def _unseen(L: int, K: int, dtype: torch.dtype) -> Tensor:
-    """(L, K): -inf for the keys behind each query; the last query sees all."""
-    return torch.full((L, K), float("-inf"), dtype=dtype).triu(K - L + 1)

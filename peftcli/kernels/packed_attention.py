@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peftcli.kernels.batched_attention import batched_attention, is_batched
 from peftcli.kernels.choice import is_reference
+from peftcli.kernels.dense_attention import dense_attention, is_dense
 
 
 class Segment(NamedTuple):
@@ -62,6 +63,10 @@ def packed_attention(
     """
     if is_reference():
         return packed_attention_ref(q, k, v, segments, scale, before, dropout)
+    n = 0 if before is not None else rows_of_one_length(segments)
+    if n and is_dense(q, dropout, is_causal=True):
+        q, k, v = (_rows(t, n) for t in (q, k, v))
+        return dense_attention(q, k, v, scale, None, True, dropout).flatten(0, 1)[None]
     if is_batched(q, dropout):
         return batched_attention(q, k, v, segments, scale, before).transpose(1, 2)
     grouped = q.is_cpu  # its kernel reads grouped keys as they are; not every one on CUDA does
@@ -74,9 +79,8 @@ def packed_attention(
         options = {"is_causal": mask is None, "scale": scale, "enable_gqa": grouped}
         return F.scaled_dot_product_attention(q, k, v, mask, dropout, **options)
 
-    if before is None and (n := rows_of_one_length(segments)):
-        q, k, v = (t[0].unflatten(1, (n, -1)).transpose(0, 1) for t in (q, k, v))
-        y = attend(q, k, v, None)
+    if n:
+        y = attend(_rows(q, n), _rows(k, n), _rows(v, n), None)
         return y.transpose(1, 2).flatten(0, 1)[None]
     # split, not slices: the backward pass of a slice fills a whole row with zeros
     lengths = [segment.stop - segment.start for segment in segments]
@@ -95,6 +99,11 @@ def packed_attention(
             mask = behind_prefix(k_s.shape[2] - T, T, q.device)
         outputs.append(attend(q_s, k_s, v_s, mask))
     return torch.cat(outputs, 2).transpose(1, 2)
+
+
+def _rows(t: Tensor, n: int) -> Tensor:
+    """(1, H, n T, D) -> (n, H, T, D)."""
+    return t[0].unflatten(1, (n, -1)).transpose(0, 1)
 
 
 def rows_of_one_length(segments: Sequence[Segment]) -> int:

@@ -26,6 +26,7 @@ from peftcli.core.delta import Delta
 from peftcli.core.graft import active_of, deltas_of
 from peftcli.core.layer import Layer
 from peftcli.kernels.batched_attention import one_by_one
+from peftcli.kernels.dense_attention import dense_attention, is_dense
 from peftcli.kernels.packed_attention import Segment, Segments, behind_prefix, packed_attention
 
 NAME = "peftcli_packed"
@@ -73,15 +74,15 @@ def packed_rows(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a packed row (1, H, T, D) -> (1, T, H, D); without `segments` that of a batch,
-    which is stock sdpa where no prefix is.
+    """Attention of a packed row (1, H, T, D) -> (1, T, H, D); without `segments` that of a
+    batch.
     """
     prefix = prefixes(module, key)
     if segments is None:
         stock = {"scaling": scaling, "dropout": dropout, **kwargs}
         if prefix is not None:
             return behind(prefix, module, query, key, value, attention_mask, **stock)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **stock)
+        return of_batch(module, query, key, value, attention_mask, **stock)
     assert query.shape[0] == 1, "a packed row stands alone"
     assert query.shape[2] == key.shape[2], "a packed row has no cache"
     assert attention_mask is None, "a packed row takes no mask"
@@ -121,9 +122,48 @@ def behind(
         position_bias = F.pad(position_bias, (P, 0))
     key, value = torch.cat([prefix[0], key], 2), torch.cat([prefix[1], value], 2)
     bias = {} if position_bias is None else {"position_bias": position_bias}
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, is_causal=False, **bias, **kwargs
+    return of_batch(module, query, key, value, attention_mask, is_causal=False, **bias, **kwargs)
+
+
+def of_batch(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a batch (B, H, T, D) -> (B, T, H, D): dense products where they are faster and
+    can do what is asked for, else transformers' sdpa.
+    """
+    T, mask = query.shape[2], attention_mask
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    is_causal = is_causal and mask is None and T > 1
+    added = [t for t in (mask, position_bias) if t is not None]
+    special = any(t.requires_grad or t.ndim != 4 for t in added) or any(
+        kwargs.get(name) is not None for name in ("softcap", "cache")
     )
+    if T == 1 or special or not is_dense(query, dropout, is_causal):
+        bias = {} if position_bias is None else {"position_bias": position_bias}
+        options = {"is_causal": is_causal, "scaling": scaling, "dropout": dropout, **bias, **kwargs}
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    if is_causal:  # the others are empty slots of a static cache
+        key, value = key[:, :, :T], value[:, :, :T]
+        position_bias = None if position_bias is None else position_bias[..., :T]
+    if position_bias is not None:
+        if mask is None:
+            mask = position_bias
+        elif mask.dtype == torch.bool:
+            mask = torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
+        else:
+            mask = mask + position_bias
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return dense_attention(query, key, value, scale, mask, is_causal, dropout), None
 
 
 def packed_mask(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peftcli.core.host import Host
 from peftcli.data.collate import causal_collator
 from peftcli.kernels import linear_cross_entropy as module
 from peftcli.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
@@ -17,6 +18,7 @@ from peftcli.models.attention import use_packed_attention
 from peftcli.models.head import direct_head
 from peftcli.train import objective
 from tests import tiny
+from tests.laws.test_method_laws import make_method
 from tests.train.conftest import chats
 
 
@@ -109,6 +111,32 @@ def test_a_model_trains_on_the_same_loss_and_gradients(model: str, packing: bool
     assert results[0][1].keys() == results[1][1].keys()
     for name, grad in results[0][1].items():
         torch.testing.assert_close(grad, results[1][1][name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prompt_tuning", {}),
+        ("p_tuning", {}),
+        ("hf_peft", {"peft_type": "PROMPT_TUNING", "config": {"num_virtual_tokens": 3}}),
+    ],
+)
+def test_rows_with_tokens_laid_before_them_have_the_same_loss(
+    method: str, options: dict[str, object]
+) -> None:
+    host = Host(tiny.models()["llama"]())
+    head = direct_head(host.model)
+    host.add(make_method(method, **options))
+    batch = causal_collator(0, packing=False)(chats(5))
+    results = []
+    for given in (head, None):
+        host.model.zero_grad()
+        loss = objective.loss_sum("causal_lm", host.model, batch, given)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in host.trained().values())])
+        assert all(t is not None for t in results[-1])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_that_changes_its_logits_after_the_head_is_noticed() -> None:

@@ -24,6 +24,7 @@ from peftcli.core.merge import folded
 from peftcli.core.method import Method
 from peftcli.errors import ConfigError, NotApplicable
 from peftcli.export import adapter
+from peftcli.kernels import choice
 from tests import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"
@@ -412,7 +413,7 @@ def test_the_bare_base_reloads_whole(method: str, model: str, tmp_path: Path) ->
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert again.config.architectures == [type(again).__name__]
-    with host.disabled():
+    with host.disabled(), choice.using("reference", torch.device("cpu")):
         assert torch.equal(logits(again.eval(), model), logits(host.model, model))
 
 

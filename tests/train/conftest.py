@@ -118,7 +118,7 @@ def loops(root: Path) -> Iterator[MakeLoop]:
             packing = packing and method.packs and not method.lays_tokens
             if packing:
                 use_packed_attention(host.model)
-            head = None if method.lays_tokens else direct_head(host.model)
+            head = direct_head(host.model)
             settings = Trainer(**{"per_device_train_batch_size": 4, "max_steps": 12, **trainer})
             choosing = settings.loss == "tfew"
             collate = make_collator("causal_lm", packing=packing, scoring=choosing)
