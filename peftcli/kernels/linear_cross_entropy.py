@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head, summed over targets, without holding all logits.
+"""Cross entropy of a linear head, summed over targets, without holding all logits; and of logits.
 
 Blocks of rows go through the head one after the other; a block's logits become its gradient in
 place, a few rows at a time, and leave through the head again, so that the forward pass already
@@ -40,6 +40,47 @@ def linear_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor
         return _LinearCrossEntropy.apply(h, W, b, targets)
 
 
+def cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    """sum_t -log softmax(z_t)[target_t] of logits that are there. z (T, V), targets (T,) -> (),
+    float32 or wider.
+    """
+    if is_reference() or not (torch.is_grad_enabled() and z.requires_grad):
+        return F.cross_entropy(z.float(), targets, reduction="sum")
+    return _CrossEntropy.apply(z, targets)
+
+
+def _into_gradient(z: Tensor, targets: Tensor) -> Tensor:
+    """Write the gradient of the summed loss over the logits z (R, V), a few rows at a time; returns
+    the loss.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=z.device)
+    few = CACHED_ROWS if z.is_cpu else BLOCK_ROWS
+    for row, target in zip(z.split(few), targets[:, None].split(few), strict=True):
+        log_p = torch.log_softmax(row, 1, dtype=wide)
+        total -= log_p.gather(1, target).sum()
+        one = torch.ones_like(target, dtype=wide)
+        row.copy_(log_p.exp_().scatter_add_(1, target, -one))
+    return total
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, targets: Tensor) -> Tensor:
+        dz_TV = z.clone()
+        total = _into_gradient(dz_TV, targets)
+        ctx.save_for_backward(dz_TV)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator hides names
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (dz_TV,) = ctx.saved_tensors
+        return dz_TV * grad_outputs[0].to(dz_TV.dtype), None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
@@ -56,12 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(h[rows], W.T, out=z_RV)
             else:
                 torch.addmm(b, h[rows], W.T, out=z_RV)
-            few = CACHED_ROWS if h.is_cpu else BLOCK_ROWS
-            for z, target in zip(z_RV.split(few), targets[rows, None].split(few), strict=True):
-                log_p = torch.log_softmax(z, 1, dtype=wide)
-                total -= log_p.gather(1, target).sum()
-                one = torch.ones_like(target, dtype=wide)
-                z.copy_(log_p.exp_().scatter_add_(1, target, -one))
+            total += _into_gradient(z_RV, targets[rows])
             if dh_TD is not None:
                 torch.mm(z_RV, W, out=dh_TD[rows])
         dW_VD = buffer_RV.T @ h if wants_W else None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcli.data.collate import Batch, Example, num_targets
-from peftcli.kernels.linear_cross_entropy import linear_cross_entropy
+from peftcli.kernels.linear_cross_entropy import cross_entropy, linear_cross_entropy
 from peftcli.models.head import answering
 from peftcli.settings import Loss, Task
 
@@ -74,7 +74,7 @@ def loss_sum(task: Task, model: nn.Module, batch: Batch, head: nn.Linear | None 
     logits = predict(model, batch)
     if task == "regression":
         return losses(task, logits, batch.targets).sum()
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return cross_entropy(logits, batch.targets)
 
 
 def _loss_in_head(model: nn.Module, batch: Batch, head: nn.Linear) -> Tensor:

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from peftcli.core.host import Host
 from peftcli.data.collate import causal_collator
 from peftcli.kernels import linear_cross_entropy as module
-from peftcli.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
+from peftcli.kernels.linear_cross_entropy import (
+    cross_entropy,
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+)
 from peftcli.models.attention import use_packed_attention
 from peftcli.models.head import direct_head
 from peftcli.train import objective
@@ -154,3 +158,16 @@ def test_a_model_that_changes_its_logits_after_the_head_is_noticed() -> None:
     assert direct_head(Gemma2ForCausalLM(config)) is None
     assert direct_head(tiny.models()["t5"]()) is not None
     assert direct_head(tiny.models()["bert"]()) is None
+
+
+@pytest.mark.parametrize(("rows", "words"), [(1, 2), (7, 11), (40, 5)])
+def test_the_loss_of_logits_that_are_there(rows: int, words: int) -> None:
+    z = torch.randn(rows, words, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(words, (rows,))
+    torch.testing.assert_close(
+        cross_entropy(z, targets), nn.functional.cross_entropy(z, targets, reduction="sum")
+    )
+    assert torch.autograd.gradcheck(lambda z: cross_entropy(z, targets), (z,))
+    with torch.no_grad():
+        wanted = linear_cross_entropy_ref(z, torch.eye(words, dtype=torch.float64), None, targets)
+        torch.testing.assert_close(cross_entropy(z, targets), wanted)
