@@ -180,7 +180,9 @@ def make_step(method: str, family: str, args: argparse.Namespace) -> Step:
 
 
 def make_hf_step(method: str, family: str, args: argparse.Namespace) -> Step:
-    """The step of peft's method, on the same examples, padded: its adapter is read from ours."""
+    """The step of peft's method, on the same examples, padded, on the base as transformers has it:
+    its adapter is read from ours.
+    """
     import torch
     from peft import PeftModel
 
@@ -188,7 +190,8 @@ def make_hf_step(method: str, family: str, args: argparse.Namespace) -> Step:
     from peftcli.export import publish
     from peftcli.train import objective
 
-    parts, _ = adapted(method, family, args, ["dataset.packing=false"])
+    stock = ["dataset.packing=false", "trainer.kernels=reference"]
+    parts, _ = adapted(method, family, args, stock)
     parts.run.method.finish(parts.host)
     folder = Path(tempfile.mkdtemp()) / "adapter"
     publish.publish(parts, folder, {})
