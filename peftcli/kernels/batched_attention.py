@@ -69,6 +69,11 @@ def one_by_one() -> Iterator[None]:
         _is_off = was
 
 
+def is_one_by_one() -> bool:
+    """Whether that is so now."""
+    return _is_off
+
+
 def is_batched(q: Tensor, dropout: float) -> bool:
     """Whether this is the faster form for q (1, H, T, D)."""
     return q.is_cpu and product_dtype(q) == torch.bfloat16 and not dropout and not _is_off

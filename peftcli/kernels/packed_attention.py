@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcli.kernels.batched_attention import batched_attention, is_batched
+from peftcli.kernels.batched_attention import batched_attention, is_batched, is_one_by_one
 from peftcli.kernels.choice import is_reference
 from peftcli.kernels.dense_attention import dense_attention, is_dense
 
@@ -64,7 +64,7 @@ def packed_attention(
     if is_reference():
         return packed_attention_ref(q, k, v, segments, scale, before, dropout)
     n = 0 if before is not None else rows_of_one_length(segments)
-    if n and is_dense(q, dropout, is_causal=True):
+    if n and not is_one_by_one() and is_dense(q, dropout, is_causal=True):
         q, k, v = (_rows(t, n) for t in (q, k, v))
         return dense_attention(q, k, v, scale, None, True, dropout).flatten(0, 1)[None]
     if is_batched(q, dropout):

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 from peftcli.core.delta import Delta
 from peftcli.core.graft import active_of, deltas_of
 from peftcli.core.layer import Layer
-from peftcli.kernels.batched_attention import one_by_one
+from peftcli.kernels.batched_attention import is_one_by_one, one_by_one
 from peftcli.kernels.dense_attention import dense_attention, is_dense
 from peftcli.kernels.packed_attention import Segment, Segments, behind_prefix, packed_attention
 
@@ -148,7 +148,8 @@ def of_batch(
     special = any(t.requires_grad or t.ndim != 4 for t in added) or any(
         kwargs.get(name) is not None for name in ("softcap", "cache")
     )
-    if T == 1 or special or not is_dense(query, dropout, is_causal):
+    is_plain = T == 1 or special or is_one_by_one()
+    if is_plain or not is_dense(query, dropout, is_causal):
         bias = {} if position_bias is None else {"position_bias": position_bias}
         options = {"is_causal": is_causal, "scaling": scaling, "dropout": dropout, **bias, **kwargs}
         return sdpa_attention_forward(module, query, key, value, mask, **options)

@@ -215,3 +215,15 @@ def test_padding_is_masked_by_position_not_by_id() -> None:
     apart = [padded_rows(training_branches([e], False), ("x",), pad=9) for e in examples]
     sums = [objective.loss_sum("causal_lm", net, b) for b in apart]
     torch.testing.assert_close(objective.loss_sum("causal_lm", net, together), sum(sums))
+
+
+def test_packing_is_tried_with_one_kernel_for_both_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("rounds otherwise than the other layout")
+
+    net = tiny.models()["llama"]().bfloat16()
+    use_packed_attention(net)
+    monkeypatch.setattr("peftcli.models.attention.dense_attention", refuse)
+    monkeypatch.setattr("peftcli.kernels.packed_attention.dense_attention", refuse)
+    monkeypatch.setattr("peftcli.kernels.packed_attention.batched_attention", refuse)
+    assert can_pack(net, 64) is None
